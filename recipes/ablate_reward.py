@@ -12,6 +12,7 @@ each run, a folder arms/ARM/seedN. In that folder, scores_SET.safetensors holds 
 """
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ def options(changes: Changes) -> list[str]:
 
 def runs_of(out: Path, arm: str) -> dict[int, Path]:
     """Return the folders of an arm's runs, by seed."""
-    names = {run.name: run for run in (out / "arms" / arm).glob("seed*")}
-    return {seed: names[f"seed{seed}"] for seed in sorted(int(name[4:]) for name in names if name[4:].isdecimal())}
+    folders = [run for run in (out / "arms" / arm).glob("seed*") if re.fullmatch("seed(0|[1-9][0-9]*)", run.name)]
+    return dict(sorted((int(run.name.removeprefix("seed")), run) for run in folders))
 
 
 def check_run(run: Path, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> str:
@@ -83,9 +84,7 @@ def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training:
             "model": spec.name, "pairs": config.pairs, "seed": seed, "loop.steps": config.steps, "output_dir": str(run),
             "accuracy.sigmas": [ARMS[arm].sigma], "accuracy.ensemble": [], "accuracy.every": 0,
         }  # fmt: skip
-        own = [
-            place for name, place in config.test_sets.items() if name not in TEST_SETS
-        ]  # training reads no public set
+        own = [where for name, where in config.test_sets.items() if name not in TEST_SETS]  # no public ones
         given |= {"validation_pairs": own[0]} if own else {}
         words = ["--config", str(training), *options({**given, **changes})]
     words += options({"on_bad": config.on_bad} if config.on_bad else {})

@@ -113,9 +113,9 @@ def test_a_conflict_with_any_finished_run_is_found_before_a_training(arguments, 
     recipe = load_recipe("ablate_reward")
     monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
     recipe.main([*arguments, "--arms=[calibrated]"])
-    shutil.copytree(
-        tmp_path / "out" / "arms" / "calibrated" / "seed0", tmp_path / "out" / "arms" / "calibrated" / "seed0_old"
-    )
+    run = tmp_path / "out" / "arms" / "calibrated" / "seed0"
+    for other in ("seed0_old", "seed00", "seeds"):  # no runs of the ablation
+        shutil.copytree(run, run.with_name(other))
     InProcess.started.clear()
     for changed, said in (("--steps=3", "steps: got 3; expected 2"), ("--draws=3", "got scores taken with")):
         with pytest.raises(SystemExit) as stop:
