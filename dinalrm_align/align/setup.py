@@ -159,22 +159,29 @@ class Setup:
 
         run_folder = RunFolder(folder, self.resolved.text, self.resolved.checkpoint, self.resolved.resume_command)
 
-        def observe(row: Mapping[str, float]) -> str | None:
-            asked.extend(filter(None, [self.resolved.given.after_update(row)]))
-            return asked[0] if asked else None
+        start = RunState.initial(
+            self.policy.parameters, run.loop, run.optim, method=state, identity={**self.identity, **(data or {})},
+            samples=together, settings=settings_by_name(run),
+        )  # fmt: skip
 
         def export(step: int) -> None:
             if accelerator.is_main_process:
                 self.policy.save_lora(folder / "lora")
+
+        def draw(step: int) -> None:
+            if accelerator.is_main_process and step < run.loop.steps:  # after the last update they are drawn below
                 plot_run(folder)
+
+        def observe(row: Mapping[str, float]) -> str | None:
+            if "proxy" in row:  # an evaluation
+                draw(start.step)
+            asked.extend(filter(None, [self.resolved.given.after_update(row)]))
+            return asked[0] if asked else None
 
         done = fit(
             run.loop,
             run.optim,
-            RunState.initial(
-                self.policy.parameters, run.loop, run.optim, method=state, identity={**self.identity, **(data or {})},
-                samples=together, settings=settings_by_name(run),
-            ),
+            start,
             method,
             accelerator=accelerator,
             run=run_folder,
@@ -183,6 +190,7 @@ class Setup:
                 Hook(0, lambda step: held_out(step) if asked else None, at_start=False, at_stop=True),
                 *([Hook(run.evaluation.every, watch)] if watch else []),
                 Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
+                Hook(0, draw, at_start=False, at_stop=True),
             ],
             meter=self.meter,
             shown=shown,

@@ -20,7 +20,7 @@ from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import resolve
 from dinalrm_align.train.checkpoints import checkpoint_to_resume
-from dinalrm_align.train.metrics import read_metrics
+from dinalrm_align.train.metrics import METRICS, read_metrics
 
 RECIPE = RECIPES / "refl_sd35.py"
 
@@ -62,8 +62,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint_to_resume(folder) / "weights.safetensors")
 
 
-def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, tmp_path, capsys):
+def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, tmp_path, monkeypatch, capsys):
+    drawn, plot = [], setup.plot_run
+    monkeypatch.setattr(
+        setup, "plot_run", lambda folder: (drawn.append(read_metrics(folder / METRICS)[-1]), plot(folder))
+    )
     folder = run(recipe, arguments, tmp_path / "run")
+    assert [(row["step"], "gold" in row) for row in drawn] == [(2, True), (4, True)]  # after each evaluation, once
     left = {path.name for path in folder.iterdir()}
     assert left == {
         "config.yaml", "metrics.jsonl", "summary.json", "curves.png", "before_after.png", "grid_000000.png",
