@@ -139,11 +139,9 @@ def find_objects(image: np.ndarray, ground: np.ndarray, background: str, thresho
     visible = distance > max(0.07, threshold * distance.max())
     found = []
     for index in np.unique(nearest[visible]):
-        labels, number = ndimage.label(visible & (nearest == index))
-        for label in range(1, number + 1):
+        labels, _ = ndimage.label(visible & (nearest == index))
+        for label in np.flatnonzero(np.bincount(labels.flat)[1:] >= MIN_AREA) + 1:
             region = labels == label
-            if region.sum() < MIN_AREA:
-                continue
             peak = np.quantile(distance[region], 0.9)
             alpha = np.where(ndimage.binary_dilation(region, iterations=4), distance / peak, 0)
             closed = ndimage.grey_closing(np.where(region, alpha, 0), 5)
