@@ -156,7 +156,6 @@ class Setup:
         held_out = prepare_evaluation(self)
         watch, asked = prepare_watch(self, held_out), list[str]()
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)
-
         run_folder = RunFolder(folder, self.resolved.text, self.resolved.checkpoint, self.resolved.resume_command)
 
         start = RunState.initial(
@@ -201,13 +200,8 @@ class Setup:
         if accelerator.is_main_process:
             with resume_hint(run_folder, lambda error: None):
                 plot_run(folder)
-                facts = {
-                    "updates": done,
-                    "samples": len(self.text.evaluation),
-                    "weights": run.loop.weights_at(done),
-                    **facts(),
-                }
-                summarise(self.resolved, held_out.summarise(done), facts, signal=check)
+                known = {"updates": done, "samples": len(self.text.evaluation), "weights": run.loop.weights_at(done)}
+                summarise(self.resolved, held_out.summarise(done), known | {**facts()}, signal=check)
             if run.push_to_hub is not None:
                 push_run(folder, run.push_to_hub)
 

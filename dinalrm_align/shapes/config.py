@@ -323,7 +323,7 @@ class BuildConfig:
     scout: ScoutConfig = field(default_factory=ScoutConfig)
     reward_updates: PositiveInt = 900
     clip: StageConfig = field(default_factory=lambda: _stage(96, 700, 1e-3))
-    pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
+    pixel: StageConfig = field(default_factory=lambda: _stage(48, 1600, 3e-4))
     cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 10.0
     mismatched_share: HalfOpenUnitInterval = 0.3

@@ -32,7 +32,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,6 +265,20 @@ def same_weight_table(by_weight: Mapping[str, Mapping[float, Entry]]) -> str:
     return table(["", "drift, first", "drift, second", "gold [95 %]", "smallest effect"], rows)
 
 
+def equal_drift_table(by_weight: Mapping[str, Mapping[float, Entry]]) -> str:
+    """Return a table of every setting of a reward with every one of another, at the largest drift that both reach."""
+    rows = []
+    for settings, others in combinations(by_weight.values(), 2):
+        for first, second in product(settings.values(), others.values()):
+            if seeds_of(first, second):
+                last = matched(first, second)[-1]
+                gains = last.gains["gold"]
+                cells = [interval.brief for interval in gains]
+                rows.append([first.name, second.name, f"{last.drift:.4f}", *cells, smallest_effect(gains[2])])
+    head = ["first", "second", "drift", "gold, first", "gold, second", "first less second [95 %]", "smallest effect"]
+    return table(head, rows)
+
+
 def trial_table(tuned: Mapping[str, Mapping[Trial, Entry | None]], chosen: Mapping[str, Mapping[float, Trial]]) -> str:
     """Return the table of all trials of the sweep."""
     rows = []
@@ -331,6 +345,8 @@ def report(plan: Plan) -> None:
         share_section(best),
         f"## Every KL weight, last update\n\n{gain_table(list(found.values()))}",
         f"The same KL weight, `{plan.weight}`, whatever drift it leads to:\n\n{same_weight_table(by_weight)}",
+        "Every setting with every other, at the largest drift that all runs of both reach. Each interval is for one "
+        f"comparison:\n\n{equal_drift_table(by_weight)}",
         f"## Parts of gold at the chosen settings, last update\n\n{part_table(list(best.values()))}" if best else "",
         f"## Cost of an update\n\n{cost_table(list(best.values())).markdown()}" if best else "",
         f"## Trials\n\nThe same {len(plan.trials)} for each reward, seed {TUNING_SEED}, captions for tuning:\n\n"

@@ -101,6 +101,7 @@ def test_equal_drift_by_hand(plan, tmp_path, capsys):
     text = (tmp_path / "frontier.md").read_text()
     assert "+0.100 [+0.100, +0.100], separated from 0 (2 seeds, 2 fresh captions" in text
     assert "holds" not in text.split("## How to read")[0] and "| dinalrm | 2 | 0.001 |" in text
+    assert text.count("| dinalrm, KL 2, lr 0.001 | pixel, KL 6, lr 0.001 | 0.2000 | +0.400") == 1
     assert (tmp_path / "frontier.png").is_file()
 
 
