@@ -227,18 +227,11 @@ class Nft:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the result of `state_tensors`. Raises ValueError, naming the first tensor that does not fit."""
-        old = {name.removeprefix(OLD): tensor for name, tensor in tensors.items() if name.startswith(OLD)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in old.items()}
-        expected = {name: tuple(mean.shape) for name, mean in self.old.mean.items()}
-        if shapes != expected:
-            name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-            raise ValueError(
-                f"saved state: {OLD}{name}: got {shapes.get(name)}; expected {expected.get(name)}: resume with the "
-                "settings of the run"
-            )
+        device = self.sampler.device
+        old = {name.removeprefix(OLD): t.to(device, copy=True) for name, t in tensors.items() if name.startswith(OLD)}
+        self.sampler.policy.check_weights(old)
         self.buffer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(OLD)})
-        for name, mean in self.old.mean.items():
-            self.old.mean[name] = old[name].to(mean.device, copy=True)
+        self.old.mean = old
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
         """Return {name of a field of a saved rollout: required shape}."""
