@@ -93,7 +93,7 @@ class MemoryConfig:
             does so in convolutions only. Saves time; emulated, scores are off by 0.0002 to 0.001 of the same.
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
-        offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
+        offload: keep the VAE off the GPU between evaluations, unless a training reward reads images.
         compile: torch.compile each transformer block of policy and latent reward; the first update and the first
             evaluation take minutes more, and nothing is compiled again after them.
         attention: kernel of torch's scaled_dot_product_attention on CUDA; auto: torch's choice.

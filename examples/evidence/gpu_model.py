@@ -276,8 +276,8 @@ loading, text encoding and waits of the host are left out; every policy has a Lo
 ## An update
 
 - before: the LoRA's products in float32, blocks recomputed, a DPO pair's draws one at a time.
-- now: the present settings. With `--gradient_checkpointing auto`, blocks are recomputed where 80 GB need it: DPO. LPO's
-  settings say true.
+- now: the present settings; blocks are recomputed where the update needs more than 90 % of 80 GB otherwise (DPO), and
+  with LPO, whose settings say so. `--gradient_checkpointing auto` decides by half of the free memory.
 - The other rows are options of ReFL, compared with "now".
 
 launches: kernels. Percentages: shares of the update's time. hours: `loop.steps` updates, without evaluations. The last

@@ -22,9 +22,8 @@ COLOURS = dict(zip(MEMORY, ("#4c6a92", "#d1793a", "#9a9a9a", "#e6c26e")))
 COLOURS |= dict(zip(OPERATIONS, ("#9fb3cc", "#4c6a92", "#b8483e", "#d1793a", "#c9c9c9")))
 UNCOUNTED = (
     "Options without a count: `--memory.compile` and `--memory.attention` change time. `--memory.offload` keeps the "
-    "VAE (0.31 GiB in float32) off the GPU while it is not used, and the text encoders (10.4 GiB in bfloat16) before "
-    "training. `--memory.decode_tile` bounds the decoder's activations by those of one tile, and changes pixels near "
-    "the seams."
+    "VAE (0.31 GiB in float32) off the GPU between evaluations. `--memory.decode_tile` bounds the decoder's "
+    "activations by those of one tile, and changes pixels near the seams."
 )
 
 Costs = Mapping[Case, Cost]
