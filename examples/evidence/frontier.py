@@ -312,6 +312,7 @@ def draw_frontier(by_weight: Mapping[str, Mapping[float, Entry]], path: Path) ->
             reach = [[one.mean - one.low for _, one in ends], [one.high - one.mean for _, one in ends]]
             text = f"{reward}: last update, every KL weight"
             axis.errorbar(xs, means, yerr=reach, fmt="o-", capsize=3, color=colour, label=text)
+        axis.set_xscale("symlog", linthresh=1e-3)
         finish(axis, "drift", label(name))
     return save_with_legend(figure, path)
 
