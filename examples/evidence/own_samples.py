@@ -12,6 +12,7 @@ Intervals are 95 %, from 10,000 bootstrap resamples of captions. A reward that r
 row "oracle at sigma" says what can be known from a noised latent: the oracle scores the base model's one-step estimate.
 
     python examples/evidence/own_samples.py                                     # dinalrm and pixel
+    python examples/evidence/own_samples.py --drawn 640                         # on captions that stand in no list
     python examples/evidence/own_samples.py --model DIR --rewards dinalrm=FOLDER
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _runs import USED, fresh_captions
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
@@ -81,6 +83,9 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=["dinalrm", "pixel"])
     parser.add_argument("--prompts", type=Path, help="text file of captions; by default the model's held-out captions")
     parser.add_argument("--captions", type=int, help="number of captions; by default all")
+    parser.add_argument(
+        "--drawn", type=int, help="draw so many held-out captions that stand in none of the world's lists"
+    )
     parser.add_argument("--guidance", type=float, nargs="+", help="by default the model's")
     parser.add_argument("--noised", type=float, nargs="*", default=[0.2, 0.5], help="sigmas of the rows of the oracle")
     parser.add_argument("--seed", type=int, default=0)
@@ -91,6 +96,8 @@ def main() -> None:
     encoder = prompt_encoder(pipeline)
     rewards = {name: load_reward(name, spec=spec, pipeline=pipeline) for name in given.rewards}
     captions = read_prompts(given.prompts or spec.heldout_prompts)[: given.captions]
+    if given.drawn:
+        captions = fresh_captions(given.drawn, given.seed, {one for path in USED for one in read_prompts(path)})
     captions = [caption for caption in captions for _ in range(EACH)]
     for guidance in given.guidance or [spec.guidance_scale]:
         gold, scores = [], {name: [] for name in [*rewards, *(f"oracle at sigma {sigma:g}" for sigma in given.noised)]}
