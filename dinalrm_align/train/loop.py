@@ -171,7 +171,7 @@ def fit(
                 save()
 
     bar = tqdm(total=config.steps, initial=state.step, disable=log is None, desc="update", dynamic_ncols=True)
-    with bar, log or nullcontext(), resume_hint(run, rescue), _stop_requests(accelerator) as stop_requested:
+    with bar, resume_hint(run, rescue), _stop_requests(accelerator) as stop_requested:
         if pending is not None:
             record(row := pending)
             reason = stop_when(row) if stop_when and state.step else None
@@ -229,11 +229,10 @@ def _start(
     if not accelerator.is_main_process:
         return None, pending
     with resume_hint(run):
-        log = MetricsLog(run.path / METRICS, keep=kept)
         tidy(run.path, step=state.step, keep_last=config.keep_last)
         if run.settings:
             write_atomically(run.path / "config.yaml", run.settings)
-        return log, pending
+        return MetricsLog(run.path / METRICS, keep=kept), pending
 
 
 def _undo_of(state: RunState) -> Callable[[], None]:

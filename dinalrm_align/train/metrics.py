@@ -7,19 +7,18 @@ WANDB_MODE=offline, the log goes to the run folder; `wandb sync RUN/wandb/offlin
 keeps the files of an artifact in its own folder (WANDB_DATA_DIR) until then.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
-from dinalrm_align.train.files import STATE, flush, make_folder, parse_json, read_json, read_text
+from dinalrm_align.train.files import STATE, flush, parse_json, read_json, read_text, write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,30 +30,14 @@ TENSORBOARD = "tensorboard"
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl, with a running SHA-256; locks it until its `with` block or the process ends."""
+    """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open the log file `path`. If the file exists, only its first `keep` bytes are kept.
-
-        Raises ValueError if another process has it open.
-        """
-        make_folder(path.parent)
-        self.path, self._lock = path, open(path, "ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path.parent}: another process is writing to this run; choose another folder") from error
-        except OSError:  # a file system without locks
-            pass
-        self._lock.truncate(min(keep, path.stat().st_size))
-        kept = path.read_bytes()
+        """Open the log file `path`. If the file exists, only its first `keep` bytes are kept."""
+        self.path = path
+        kept = path.read_bytes()[:keep] if keep else b""
+        write_atomically(path, kept)
         self._bytes, self._digest = len(kept), hashlib.sha256(kept)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.close()
 
     def append(self, row: Mapping[str, float]) -> None:
         line = (json.dumps(row) + "\n").encode()
