@@ -40,7 +40,7 @@ def test_products_are_rounded_forward_and_backward(judges):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
 def test_an_image_reward_gives_refl_nearly_the_gradients_of_float32(judges, dtype):
-    """The errors in examples/results/judges.md, three times as large."""
+    """examples/results/judges.md has the errors of more images: 0.022 on average in bfloat16, 0.0005 in TF32."""
     images, captions = judges["heldout"](6)
     vae = load_vae(SPEC.pipeline, device="cpu")
     latents = encode_images(vae, images)
