@@ -90,14 +90,17 @@ def main() -> None:
     parser.add_argument("--noised", type=float, nargs="*", default=[0.2, 0.5], help="sigmas of the rows of the oracle")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.drawn and (given.prompts or given.captions):
+        parser.error(f"--drawn: got {given.drawn} with --prompts or --captions; expected captions from one of them")
     spec, reason = resolve_model(given.model)
     print(reason)
     pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
     encoder = prompt_encoder(pipeline)
     rewards = {name: load_reward(name, spec=spec, pipeline=pipeline) for name in given.rewards}
-    captions = read_prompts(given.prompts or spec.heldout_prompts)[: given.captions]
     if given.drawn:
         captions = fresh_captions(given.drawn, given.seed, {one for path in USED for one in read_prompts(path)})
+    else:
+        captions = read_prompts(given.prompts or spec.heldout_prompts)[: given.captions]
     captions = [caption for caption in captions for _ in range(EACH)]
     for guidance in given.guidance or [spec.guidance_scale]:
         gold, scores = [], {name: [] for name in [*rewards, *(f"oracle at sigma {sigma:g}" for sigma in given.noised)]}

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 LISTS = "--seeds 0 --samples 3 --every 1 --workers 2 --evaluation.shown=2 --evaluation.num_steps=2 --watch.sigmas=[]"
 SHORTENED = {
     "frontier": f"{LISTS} --updates 1 --trials 6:3e-4 --refl.batch_size=2",
-    "hacking": f"{LISTS} --updates 1 --arms kl --refl.batch_size=2",
+    "hacking": f"{LISTS} --updates 1 --arms none kl --refl.batch_size=2",
     "methods": f"{LISTS} --methods grpo --rewards dinalrm oracle --sweep false --loop.steps=1 --dry_run",  # as frontier
     "hpdv3_folder": "4",
     "alignment_ceiling": "ceiling --images=8 --updates=1 --samples=4 --batch=2",
@@ -45,7 +45,7 @@ def test_example_runs(example, tmp_path):
     if example.stem == "hacking":
         assert (tmp_path / "runs" / "hacking" / "hacking.png").is_file()
         (tmp_path / "runs" / "hacking" / "runs" / "kl_seed0" / "summary.json").unlink()
-        again = run(example, tmp_path).stdout  # what was cut short goes on
-        assert "run 1 of 1" in again and "| kl | 0 |" in again
+        again = run(example, tmp_path).stdout  # what is finished is kept, what was cut short goes on
+        assert "run 2 of 2" in again and ": none_seed0" not in again and "| kl | 0 |" in again
     if example.stem == "frontier":
         assert "[95 %]" in (tmp_path / "runs" / example.stem / f"{example.stem}.md").read_text()

@@ -104,6 +104,9 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_is_the_same_run(method):
         assert torch.equal(first.step(batches[0])[0], resumed.step(batches[1])[0])
     with pytest.raises(ValueError, match="saved rollout: indices: got shape \\(6,\\); expected \\(9,\\)"):
         changed(method, groups=3).load_state_tensors(state)
+    lost = next(name for name in state if name.startswith("old."))
+    with pytest.raises(ValueError, match=f"weights of another LoRA: {lost.removeprefix('old.')}: got None"):
+        changed(method, **settings).load_state_tensors({name: t for name, t in state.items() if name != lost})
 
 
 @pytest.mark.parametrize(

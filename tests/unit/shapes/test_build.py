@@ -149,7 +149,8 @@ def test_a_layout_has_a_map_for_each_shape_and_each_fill():
 
 
 def test_the_outsider_has_its_own_folder_width_and_seed(config, pipeline, monkeypatch, tmp_path):
-    monkeypatch.setattr(build_base, "GUIDANCE", (1.0, 3.0))  # an evaluation of 192 images each
+    judged = build_base._judged
+    monkeypatch.setattr(build_base, "_judged", lambda *given: judged(*given[:4], 8))  # of 64 or 192 images otherwise
     config.base.loop.steps = config.outsider.loop.steps = 1
     config.outsider.batch_size, config.outsider.optim.warmup_steps = 8, 0
     base = pipeline.transformer
@@ -162,7 +163,7 @@ def test_the_outsider_has_its_own_folder_width_and_seed(config, pipeline, monkey
     first, other = (read_metrics(tmp_path / name / "metrics.jsonl")[0]["flow"] for name in ("base", "outsider"))
     assert first != other
     found = scores_by_guidance(pipeline, config)
-    assert len(found) == 4 and all(0 <= value <= 3 for value in found.values())
+    assert len(found) == 12 and all(0 <= value <= 3 for value in found.values())
 
 
 def test_muon_in_float32_steps_as_torchs_does_up_to_its_rounding():
