@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dinalrm_align.align.config import EvaluationConfig
 from dinalrm_align.align.rollouts import Sampler
+from dinalrm_align.eval.report.intervals import by_caption
 from dinalrm_align.eval.report.parts import PREFIX
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.grids import load_strip, save_before_after, save_grid, save_strip
@@ -36,10 +37,18 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 """probe(latents (B, C, H, W), conditions, noise (B, C, H, W)) -> measurements by name, each (B,)"""
 
 
-def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of after - before, and its standard error. before[i] and after[i] are scores of sample i."""
+def standard_error(values: Sequence[float] | np.ndarray, prompts: Sequence[str]) -> float:
+    """Return the standard error of the mean of `values`, one per sample, over prompts: samples of a prompt are not
+    independent. If all prompts are equal, the standard error is over samples.
+    """
+    units = by_caption(values, prompts) if len(set(prompts)) > 1 else np.asarray(values)
+    return float(units.std(ddof=1) / math.sqrt(len(units)))
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float], prompts: Sequence[str]) -> tuple[float, float]:
+    """Return the mean of after - before, and its `standard_error`. before[i] and after[i] are scores of sample i."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
+    return float(differences.mean()), standard_error(differences, prompts)
 
 
 @dataclass
@@ -119,9 +128,10 @@ class HeldOut:
         row = {name: float(np.mean(values)) for name, values in scores.items()}
         before = self.scores(0)
         for name in ("proxy", *self.scorers):
-            row[f"{name}_standard_error"] = float(np.std(scores[name], ddof=1) / math.sqrt(len(found)))
+            row[f"{name}_standard_error"] = standard_error(scores[name], self.prompts)
         for name in (name for name in scores if name.startswith("gold") and name in before):
-            row[f"{name}_gain"], row[f"{name}_gain_standard_error"] = paired_gain(before[name], scores[name])
+            gain = paired_gain(before[name], scores[name], self.prompts)
+            row[f"{name}_gain"], row[f"{name}_gain_standard_error"] = gain
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
@@ -139,7 +149,7 @@ class HeldOut:
 
         The result has the keys "gold", "proxy", for further gold rewards "gold/NAME", and for the parts of gold
         "gold_parts/PART". Each holds a dict with the keys "before" and "after" (mean scores), "gain" (after - before)
-        and "standard_error" (the paired standard error of the gain). If the evaluation at step 0 lacks parts, they are
+        and "standard_error" (of the gain, paired and over prompts). If the evaluation at step 0 lacks parts, they are
         left out, with a printed sentence.
         """
         summary: dict[str, dict[str, float]] = {}
@@ -148,7 +158,7 @@ class HeldOut:
             print("parts of gold have no gain: the evaluation before the first update, of an older version, lacks them")
         further = (name for name in after if name.startswith(("gold/", PREFIX)) and name in before)
         for name in ("gold", "proxy", *further):
-            gain, error = paired_gain(before[name], after[name])
+            gain, error = paired_gain(before[name], after[name], self.prompts)
             ends = {"before": float(np.mean(before[name])), "after": float(np.mean(after[name]))}
             summary[name] = {**ends, "gain": gain, "standard_error": error}
         shown = self.config.shown

@@ -10,8 +10,8 @@ Each arm trains on flow matching, on batches of the same size; --updates and --i
 
 If `renders` does not improve held-out samples, the LoRA or the base model is the limit. If it does and a
 policy-gradient method with the oracle as its reward does not, the method or its budget is. Writes ARM_LR.json (the
-oracle's score and its parts on held-out captions, at guidance 1 and at the default, with paired standard errors of the
-gains), and from all of these alignment_ceiling.md.
+oracle's score and its parts on held-out captions, at guidance 1 and at the default, with standard errors of the gains
+over captions), and from all of these alignment_ceiling.md.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from tqdm import tqdm
 
+from dinalrm_align.align.evaluation import standard_error
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.eval.report.markdown import table
@@ -43,12 +44,15 @@ SCALES = (1.0, SPEC.guidance_scale)
 SHOWN = ("gold", "faithfulness", "objects", "count", "aesthetics")
 
 
+def held_out(samples: int) -> list[str]:
+    captions = read_prompts(SPEC.heldout_prompts)
+    return [captions[index % len(captions)] for index in range(samples)]
+
+
 @torch.no_grad()
 def evaluate(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, samples: int) -> dict[str, list[list[float]]]:
     """Return the score and its parts of every held-out sample: {part: [values at SCALES[0], values at SCALES[1]]}."""
-    captions = read_prompts(SPEC.heldout_prompts)
-    prompts = [captions[index % len(captions)] for index in range(samples)]
-    found = {name: [] for name in ("gold", *PARTS)}
+    prompts, found = held_out(samples), {name: [] for name in ("gold", *PARTS)}
     for scale in SCALES:
         columns = {name: [] for name in found}
         for start in range(0, samples, 64):
@@ -106,7 +110,7 @@ def report(folder: Path) -> str:
     base = " ".join(f"{name} {parts[f'{name} at {SCALES[1]:g}'][0]:.3f}," for name in SHOWN)
     return (
         f"# How far perfect supervision moves the base model of the embedded world\n\n{command['samples']} held-out "
-        f"samples, gains with paired standard errors, at guidance {SCALES[1]:g} and 1. The base model at "
+        f"samples, gains with standard errors over captions, at guidance {SCALES[1]:g} and 1. The base model at "
         f"{SCALES[1]:g}: {base} and gold {parts['gold at 1'][0]:.3f} at 1. One seed. "
         "Arms: `examples/evidence/alignment_ceiling.py`.\n\n" + table(heads, rows)
     )
@@ -162,7 +166,7 @@ def main() -> None:
                     row[f"{name} at {scale:g}"] = [
                         float(np.mean(before[name][index])),
                         float(gain.mean()),
-                        float(gain.std(ddof=1) / len(gain) ** 0.5),
+                        standard_error(gain, held_out(options.samples)),
                     ]
             found[f"update {update}"] = row
             for name in ("gold", "faithfulness", "objects", "relation", "count", "aesthetics"):

@@ -83,8 +83,16 @@ def test_flow_matching_loss_vanishes_for_the_true_velocity():
 
 def test_paired_gain_by_hand():
     """Differences 1, 2, 3: mean 2, standard deviation 1, standard error 1 / sqrt(3)."""
-    gain, error = paired_gain([0.0, 5.0, 2.0], [1.0, 7.0, 5.0])
-    assert (gain, error) == (2.0, pytest.approx(3**-0.5))
+    for prompts in (list("abc"), list("aaa")):  # over prompts, and over the samples of the only prompt
+        gain, error = paired_gain([0.0, 5.0, 2.0], [1.0, 7.0, 5.0], prompts)
+        assert (gain, error) == (2.0, pytest.approx(3**-0.5))
+
+
+def test_samples_of_a_prompt_count_once_in_the_standard_error():
+    """Means of the two prompts: 1 and 4. Standard deviation 3 / sqrt(2), standard error 1.5, however many samples."""
+    for copies in (1, 5):
+        gain, error = paired_gain([0.0] * 4 * copies, [0.5, 4.0, 1.5, 4.0] * copies, [*"abab"] * copies)
+        assert (gain, error) == (2.5, pytest.approx(1.5))
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_micro_step(method):
