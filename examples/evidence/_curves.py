@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from dinalrm_align.eval.report.entries import Entry, Run, series
 from dinalrm_align.eval.report.figures import CLOCKS, save_with_legend
-from dinalrm_align.eval.report.intervals import Interval
+from dinalrm_align.eval.report.intervals import Interval, seeds_by_captions
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.report.parts import PREFIX, part_names
+from dinalrm_align.shapes.scene import parse_caption
 
 AXES = {**CLOCKS, "drift": "drift: mean squared velocity difference to the base model"}
 """What a gain is drawn against -> label."""
@@ -114,6 +115,33 @@ def part_table(entries: Sequence[Entry]) -> str:
     names = [name for name in names_of(entries) if entries]
     rows = [[label(name), *(entry.gain(name, entry.steps[-1]).brief for entry in entries)] for name in names]
     return table(["", *(entry.name for entry in entries)], rows)
+
+
+def kind_of(caption: str) -> str:
+    """Return "one object", "pair" (two objects in a relation) or "count" (identical objects)."""
+    scene = parse_caption(caption)
+    return "pair" if scene.relation else "count" if len(scene.items) > 1 else "one object"
+
+
+def kind_table(entries: Sequence[Entry]) -> str:
+    """Return a Markdown section: the last gains in gold and its main parts, by the kind of caption (`kind_of`).
+
+    A kind's intervals are over seeds and this kind's captions. A model with other captions has no such section.
+    """
+    if entries[0].runs[0].terms["model"] != "shapes":
+        return ""
+    names, rows = main_parts(names_of(entries)), []
+    kinds = np.array([kind_of(caption) for caption in np.unique(entries[0].runs[0].terms["prompts"])])
+    for entry in entries:
+        gains = {name: np.stack([run.gain(name, entry.steps[-1]) for run in entry.runs]) for name in names}
+        for kind in ("one object", "pair", "count"):
+            own = kinds == kind
+            if own.sum() > 1:
+                cells = [seeds_by_captions(gains[name][:, own]).brief for name in names]
+                rows.append([entry.name, kind, str(own.sum()), *cells])
+    head = ["", "kind", "captions", *(f"{label(name)} [95 %]" for name in names)]
+    note = "Pair: two objects in a relation; count: identical objects. Each interval is for one gain."
+    return f"## By kind of caption, last update\n\n{note}\n\n{table(head, rows)}"
 
 
 def draw_curves(entries: Sequence[Entry], folder: Path, extra: Sequence[str] = ()) -> list[Path]:

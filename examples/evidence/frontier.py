@@ -47,6 +47,7 @@ from _curves import (
     gain_at_drift,
     gain_table,
     gains_of,
+    kind_table,
     label,
     main_parts,
     mean_drift,
@@ -349,6 +350,7 @@ def report(plan: Plan) -> None:
         "Every setting with every other, at the largest drift that all runs of both reach. Each interval is for one "
         f"comparison:\n\n{equal_drift_table(by_weight)}",
         f"## Parts of gold at the chosen settings, last update\n\n{part_table(list(best.values()))}" if best else "",
+        kind_table(list(found.values())),
         f"## Cost of an update\n\n{cost_table(list(best.values())).markdown()}" if best else "",
         f"## Trials\n\nThe same {len(plan.trials)} for each reward, seed {TUNING_SEED}, captions for tuning:\n\n"
         + trial_table(tuned, chosen)

@@ -35,6 +35,7 @@ from _curves import (
     finish,
     gain_table,
     gains_of,
+    kind_table,
     label,
     main_parts,
     mean_drift,
@@ -118,6 +119,7 @@ def report(options: Namespace, jobs: Mapping[str, Sequence[Job]], others: Mappin
         base_levels(entries[0]),
         f"## Last update\n\n{gain_table(entries)}",
         f"## Parts of gold, last update\n\n{part_table(entries)}",
+        kind_table(entries),
         f"## How to read this\n\n{HOW_TO_READ} A cross marks an alarm.\n\n{LIMITS}",
         figures_section(paths),
     ]

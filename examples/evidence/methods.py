@@ -37,6 +37,7 @@ from _curves import (
     draw_curves,
     figures_section,
     finish,
+    kind_table,
     label,
     main_parts,
     mean_drift,
@@ -306,6 +307,7 @@ def report(plan: Plan) -> None:
         ),
         f"## Trials of the oracle\n\nSeed {TUNING_SEED}, captions for tuning:\n\n{trial_table(tuned, best, plan)}"
         if tuned else "",
+        kind_table(list(entries.values())),
         f"## Cost of an update\n\n{cost_table(list(entries.values())).markdown()}",
         f"## How to read this\n\n{HOW_TO_READ}\n\n{LIMITS}",
         figures_section(paths),

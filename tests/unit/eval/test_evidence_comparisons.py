@@ -7,13 +7,17 @@ import hacking
 import methods
 import numpy as np
 import pytest
+from _curves import kind_of, kind_table
 from _runs import Prompts, parse
 from _unguided import Unguided
 from frontier import Trial
 from report_runs import make_run
 
+from dinalrm_align.eval.report.entries import read_entries
+
 PARTS = ("faithfulness", "faithfulness/objects", "aesthetics")
 NOISE = np.array([-0.1, 0.1, -0.1, 0.1])
+CAPTIONS = ["a small red circle on black", "a large green cross on white"]
 
 
 def finish(job, out, gain, drift, **options):
@@ -23,7 +27,7 @@ def finish(job, out, gain, drift, **options):
     gains = {step: list(mean + NOISE * (seed + 1)) for step, (mean, _) in steps.items()}
     folder = make_run(
         job.folder(out), gains, seed=seed, reward=reward, recipe=f"{job.method}_sd35", parts=PARTS, profiled=(1,),
-        guidance_scale=1.2, **options,
+        guidance_scale=1.2, **{"prompts": CAPTIONS * 2, **options},
     )  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     drifts = {0: 0.0, **{step: value for step, (_, value) in steps.items()}}
@@ -260,3 +264,26 @@ def test_a_hacked_run_reports_its_alarm_and_its_fall(tmp_path):
     row = next(line for line in (tmp_path / "hacking.md").read_text().splitlines() if line.startswith("| none |"))
     assert "| 4, 4 | 2, 2 | +0.300" in row and "-0.500 [-0.500, -0.500]" in row
     assert (tmp_path / "hacking.png").is_file()
+
+
+def test_gains_by_kind_of_caption(tmp_path):
+    """Two pairs gain 0 and 0.2, two counts 0.5 and 0.7. One caption alone has no interval, and so no line."""
+    gains = {
+        "a small red circle left of a large blue square on gray": 0.0,
+        "a small red circle above a large blue square on gray": 0.2,
+        "three small green crosses on black": 0.5,
+        "two large red squares on white": 0.7,
+    }
+    assert [kind_of(caption) for caption in [CAPTIONS[0], *gains]] == ["one object", "pair", "pair", "count", "count"]
+
+    def lines(prompts):
+        folders = [tmp_path / f"{len({*map(kind_of, prompts)})}_{seed}" for seed in (0, 1)]
+        for seed, folder in enumerate(folders):
+            make_run(folder, {4: list(gains.values())}, seed=seed, prompts=prompts)
+        entries, _ = read_entries([], {"mine": folders})
+        return [line for line in kind_table(entries).splitlines() if "| mine |" in line]
+
+    pairs, counts = lines(list(gains))
+    assert pairs.startswith("| mine | pair | 2 | +0.100 [") and counts.startswith("| mine | count | 2 | +0.600 [")
+    (pairs,) = lines([CAPTIONS[0], *list(gains)[:2], list(gains)[3]])
+    assert pairs.startswith("| mine | pair | 2 | +0.350 [")
