@@ -69,7 +69,7 @@ def refusal(capsys, folder: Path, name: str, *options: str) -> str:
         ("refl_sd35", "--seed=1", "seed: got 1; expected 0"),
         ("refl_sd35", "--height=128", "height: got 128; expected None"),
         ("refl_sd35", "--evaluation.seed=5", "evaluation.seed: got 5; expected 1234"),
-        ("refl_sd35", "--evaluation.samples=64", "evaluation.samples: got 64; expected 192"),
+        ("refl_sd35", "--evaluation.samples=64", "evaluation.samples: got 64; expected 384"),
         ("refl_sd35", "--watch.drift_sigmas=[0.5]", "watch.drift_sigmas: got [0.5]; expected [0.3, 0.8]"),
         ("refl_sd35", "--watch.sigmas=[]", "watch.sigmas: got []; expected [0.1, 0.4, 0.7]"),
         ("refl_sd35", "--refl.reward_sigma=[0.2]", "refl.reward_sigma: got [0.2]; expected None"),

@@ -147,7 +147,7 @@ def test_the_same_seed_draws_the_same_scenes():
 def test_shipped_captions_are_on_their_side_of_the_split_and_in_one_file_each():
     folder = MODELS["shapes"].train_prompts.parent
     train, heldout, test = (read_prompts(folder / f"{name}.txt") for name in ("train", "heldout", "test"))
-    assert len({*train, *heldout, *test}) == len(train) + len(heldout) + len(test) == 512 + 64 + 192
+    assert len({*train, *heldout, *test}) == len(train) + len(heldout) + len(test) == 512 + 128 + 192
     assert not any(is_held_out(parse_caption(caption)) for caption in train)
     assert all(is_held_out(parse_caption(caption)) for caption in (*heldout, *test))
 
