@@ -2,7 +2,7 @@
 
 Every sample is scored by the training reward (proxy) and by one or more gold rewards that are not trained on. If the
 proxy score rises and the gold score does not, the policy exploits the training reward. Each sample keeps its prompt and
-noise. Gains are therefore means of paired differences; their standard error is far below that of a mean score.
+noise. Gains are therefore means of paired differences; their standard error is below that of a mean score.
 """
 
 import json

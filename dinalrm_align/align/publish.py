@@ -149,7 +149,7 @@ def lora_card(settings: Mapping[str, Any], summary: Mapping[str, Any], repo_id: 
         named = name.replace(PREFIX, "part of gold: ")
         what = "trained reward" if name == "proxy" else f"{named} (not trained on)"
         rows[f"{what}, {summary['samples']} held-out samples"] = (
-            f"{ends}, gain {score['gain']:+.4f} (standard error {score['standard_error']:.4f})"
+            f"{ends}, gain {score['gain']:+.4f} (standard error over prompts {score['standard_error']:.4f})"
         )
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     title = f"# A LoRA on {shown}, aligned to `{reward}`\n\nTrained with dinalrm-align."

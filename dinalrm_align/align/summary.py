@@ -32,7 +32,7 @@ def summarise(
     print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; {lora}")
     named = {"proxy", *gold_rewards(run.gold, resolved.spec.gold)}
     for name, score in ((name, score) for name, score in scores.items() if name in named):
-        gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"
+        gain = f"gain {score['gain']:+.4f}, standard error over prompts {score['standard_error']:.4f}"
         print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
         for line in parts_in_words(scores) if name == "gold" else ():
             print(line)
@@ -50,4 +50,4 @@ def parts_in_words(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
         score, inner = scores[PREFIX + main], [f"{part.removeprefix(f'{main}/')} {gain(part)}" for part in components]
         whole = f"  {main} {score['before']:.3f} -> {score['after']:.3f} ({gain(main)})"
         lines.append(whole + (f": {', '.join(inner)}" if inner else ""))
-    return ["parts of gold (gain ± standard error of the paired difference):", *lines] if lines else []
+    return ["parts of gold (gain ± standard error over prompts):", *lines] if lines else []

@@ -18,6 +18,8 @@ from dinalrm_align.shapes.scene import parse_caption
 
 AXES = {**CLOCKS, "drift": "drift: mean squared velocity difference to the base model"}
 """What a gain is drawn against -> label."""
+KINDS = ("one object", "pair", "identical objects")
+"""Kinds of captions: one object, two in a relation, or several identical ones."""
 HOW_TO_READ = (
     "Gains are over the base model, paired by caption and noise. Brackets and bands are 95 % intervals over seeds and "
     "captions (crossed random effects); with one seed, over captions only, and variance between seeds is unknown. "
@@ -118,15 +120,16 @@ def part_table(entries: Sequence[Entry]) -> str:
 
 
 def kind_of(caption: str) -> str:
-    """Return "one object", "pair" (two objects in a relation) or "count" (identical objects)."""
+    """Return the kind of a caption of the embedded world, one of KINDS."""
     scene = parse_caption(caption)
-    return "pair" if scene.relation else "count" if len(scene.items) > 1 else "one object"
+    return KINDS[1 if scene.relation else 2 if len(scene.items) > 1 else 0]
 
 
 def kind_table(entries: Sequence[Entry]) -> str:
     """Return a Markdown section: the last gains in gold and its main parts, by the kind of caption (`kind_of`).
 
-    A kind's intervals are over seeds and this kind's captions. A model with other captions has no such section.
+    A kind's intervals are over seeds and this kind's captions; a kind with one caption has no row. The section is empty
+    if the model is not `shapes`.
     """
     if entries[0].runs[0].terms["model"] != "shapes":
         return ""
@@ -134,14 +137,15 @@ def kind_table(entries: Sequence[Entry]) -> str:
     kinds = np.array([kind_of(caption) for caption in np.unique(entries[0].runs[0].terms["prompts"])])
     for entry in entries:
         gains = {name: np.stack([run.gain(name, entry.steps[-1]) for run in entry.runs]) for name in names}
-        for kind in ("one object", "pair", "count"):
+        for kind in KINDS:
             own = kinds == kind
             if own.sum() > 1:
                 cells = [seeds_by_captions(gains[name][:, own]).brief for name in names]
                 rows.append([entry.name, kind, str(own.sum()), *cells])
     head = ["", "kind", "captions", *(f"{label(name)} [95 %]" for name in names)]
-    note = "Pair: two objects in a relation; count: identical objects. Each interval is for one gain."
-    return f"## By kind of caption, last update\n\n{note}\n\n{table(head, rows)}"
+    note = "A pair is two objects in a relation. Intervals are not adjusted for the number of gains."
+    guidance = entries[0].runs[0].terms["guidance_scale"]
+    return f"## By kind of caption, last update, guidance {guidance:g}\n\n{note}\n\n{table(head, rows)}"
 
 
 def draw_curves(entries: Sequence[Entry], folder: Path, extra: Sequence[str] = ()) -> list[Path]:

@@ -232,11 +232,15 @@ class Prompts:
         return found
 
     def options(self, fresh: bool, options: Namespace) -> dict[str, object]:
-        """Return the settings of an evaluation on the fresh captions, or on those for tuning, one noise for each."""
+        """Return the settings of an evaluation on the fresh captions, one sample each, or on those for tuning.
+
+        On the latter, the number of samples is rounded down to a multiple of the number of captions, if it is larger.
+        """
+        known, samples = len(read_prompts(self.tuning)), options.samples
         return {
             "prompts": str(self.train),
             "eval_prompts": str(self.fresh if fresh else self.tuning),
-            "evaluation.samples": options.samples,
+            "evaluation.samples": samples if fresh or samples < known else samples - samples % known,
             "evaluation.every": options.every,
             "evaluation.seed": 2000 + options.caption_seed if fresh else 1234,
         }

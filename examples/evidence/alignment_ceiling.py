@@ -126,7 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--images", type=int, default=4096, help="number of training images")
-    parser.add_argument("--samples", type=int, default=192, help="number of held-out samples")
+    parser.add_argument("--samples", type=int, default=384, help="number of held-out samples")
     options = parser.parse_args()
 
     torch.manual_seed(SEED)

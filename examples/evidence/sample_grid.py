@@ -21,7 +21,7 @@ spec = MODELS["shapes"]
 pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)
 pipeline.set_progress_bar_config(disable=True)
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("captions", nargs="?", type=int, help="number of captions to sample; by default all held-out ones")
+parser.add_argument("captions", nargs="?", type=int, default=64, help="number of held-out captions to sample")
 parser.add_argument("--images", type=int, default=256, help="number of renders; the autoencoder encodes twice as many")
 given = parser.parse_args()
 captions = read_prompts(Path(spec.heldout_prompts))[: given.captions]

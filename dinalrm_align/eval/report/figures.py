@@ -65,7 +65,7 @@ def plot_run(folder: Path) -> Path:
     titles = ["gold score, held out (bars: of the paired gain)", "reward, held out", "reward in training"]
     titles += ["distance and gradient", "seconds by phase", f"{COSTS['memory_mib']} by phase"]
     titles += [f"{name}, held out" for name in further]
-    titles += [f"gold's {main or 'parts'}: gain ± standard error" for main in panels]
+    titles += [f"gold's {main or 'parts'}: gain ± standard error over prompts" for main in panels]
     for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)

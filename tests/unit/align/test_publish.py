@@ -53,7 +53,8 @@ def test_a_card_tells_what_the_run_was():
     assert data.base_model == "stabilityai/stable-diffusion-3.5-medium" and data.license == "other"
     for part in (
         "ReFL ([arXiv 2304.05977]", "`dinalrm + 0.2*pickscore`", "licence of pickscore: MIT", "rank 32", "32, seed 3",
-        "| gold (not trained on), 192 held-out samples | 2.0000 → 2.2500, gain +0.2500 (standard error 0.0100) |",
+        "| gold (not trained on), 192 held-out samples | 2.0000 → 2.2500, gain +0.2500 (standard error over prompts "
+        "0.0100) |",
         "| gold/pixel (not trained on), ", "gain -0.5000", "| trained reward, ", "](curves.png)",
         "| part of gold: faithfulness (not trained on), 192 held-out samples | 0.5000 → 0.7500, gain +0.2500 (",
         'pipeline.load_lora_weights("me/lora")', '-3.5-medium", torch_dtype=torch.bfloat16)',

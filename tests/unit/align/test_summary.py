@@ -14,7 +14,7 @@ def test_each_main_part_has_a_line_with_its_components():
         f"gold_parts/{name}": score(gain) for name, gain in names.items()
     }
     assert parts_in_words(scores) == [
-        "parts of gold (gain ± standard error of the paired difference):",
+        "parts of gold (gain ± standard error over prompts):",
         "  faithfulness 0.500 -> 0.510 (+0.010 ± 0.007): objects -0.020 ± 0.007, count +0.000 ± 0.007",
         "  aesthetics 0.500 -> 0.700 (+0.200 ± 0.007)",
     ]

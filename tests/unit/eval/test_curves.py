@@ -51,8 +51,8 @@ def test_gains_of_golds_parts_have_panels_of_their_own(tmp_path, monkeypatch):
     panels = {axis.get_title(): axis for axis in drawn[0].axes[6:] if axis.axison}
     assert list(panels) == [
         "gold/further, held out",
-        "gold's a: gain ± standard error",
-        "gold's parts: gain ± standard error",
+        "gold's a: gain ± standard error over prompts",
+        "gold's parts: gain ± standard error over prompts",
     ]
     lines = {line.get_label(): list(line.get_ydata()) for axis in list(panels.values())[1:] for line in axis.lines[:-1]}
     assert lines == {"a": [1.0, 6.0], "x": [2.0, 7.0], "b": [3.0, 8.0]}

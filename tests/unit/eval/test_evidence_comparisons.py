@@ -1,6 +1,7 @@
 """The comparisons of examples/evidence on made-up runs: what is chosen, matched, shared and reported."""
 
 import json
+from argparse import Namespace
 
 import frontier
 import hacking
@@ -14,6 +15,7 @@ from frontier import Trial
 from report_runs import make_run
 
 from dinalrm_align.eval.report.entries import read_entries
+from dinalrm_align.eval.report.intervals import seeds_by_captions
 
 PARTS = ("faithfulness", "faithfulness/objects", "aesthetics")
 NOISE = np.array([-0.1, 0.1, -0.1, 0.1])
@@ -72,6 +74,10 @@ def test_every_reward_gets_the_same_trials_and_reports_on_captions_that_no_trial
     assert [job.options["seed"] for job in jobs] == [0, 1]
     assert jobs[0].options["refl.kl_weight"] == 6 and jobs[0].options["refl.kl_unit"] == "reward_std"
     fresh, tuning = jobs[0].options["eval_prompts"], settings[0][0]["eval_prompts"]
+    assert [
+        plan.prompts.options(fresh, Namespace(samples=300, every=1, caption_seed=0))["evaluation.samples"]
+        for fresh in (True, False)
+    ] == [300, 256]  # 128 captions for tuning, each as often
     assert "fresh" in fresh and fresh != tuning
     assert len({job.name for jobs in sweep.values() for job in jobs.values()} | {job.name for job in jobs}) == 10
 
@@ -267,23 +273,29 @@ def test_a_hacked_run_reports_its_alarm_and_its_fall(tmp_path):
 
 
 def test_gains_by_kind_of_caption(tmp_path):
-    """Two pairs gain 0 and 0.2, two counts 0.5 and 0.7. One caption alone has no interval, and so no line."""
-    gains = {
-        "a small red circle left of a large blue square on gray": 0.0,
-        "a small red circle above a large blue square on gray": 0.2,
-        "three small green crosses on black": 0.5,
-        "two large red squares on white": 0.7,
-    }
-    assert [kind_of(caption) for caption in [CAPTIONS[0], *gains]] == ["one object", "pair", "pair", "count", "count"]
+    """Two pairs gain 0 and 0.2 with seed 0, and 0.1 more with seed 1; two captions of identical objects 0.5 more."""
+    pairs = [f"a small red circle {where} a large blue square on gray" for where in ("left of", "above")]
+    identical = ["three small green crosses on black", "two large red squares on white"]
+    kinds = ["one object", "pair", "pair", "identical objects", "identical objects"]
+    assert [kind_of(caption) for caption in [CAPTIONS[0], *pairs, *identical]] == kinds
 
-    def lines(prompts):
-        folders = [tmp_path / f"{len({*map(kind_of, prompts)})}_{seed}" for seed in (0, 1)]
+    def rows(name, prompts, gains):
+        folders = [tmp_path / f"{name}{seed}" for seed in (0, 1)]
         for seed, folder in enumerate(folders):
-            make_run(folder, {4: list(gains.values())}, seed=seed, prompts=prompts)
+            own = {4: [gain + 0.1 * seed for gain in gains]}
+            make_run(folder, own, seed=seed, prompts=prompts, guidance_scale=3.0, parts=PARTS)
         entries, _ = read_entries([], {"mine": folders})
-        return [line for line in kind_table(entries).splitlines() if "| mine |" in line]
+        heading, *_ = text = kind_table(entries).splitlines()
+        assert heading == "## By kind of caption, last update, guidance 3"
+        return entries, [line for line in text if line.startswith("| mine |")]
 
-    pairs, counts = lines(list(gains))
-    assert pairs.startswith("| mine | pair | 2 | +0.100 [") and counts.startswith("| mine | count | 2 | +0.600 [")
-    (pairs,) = lines([CAPTIONS[0], *list(gains)[:2], list(gains)[3]])
-    assert pairs.startswith("| mine | pair | 2 | +0.350 [")
+    entries, (first, second) = rows("a", [*pairs, *identical], [0.0, 0.2, 0.5, 0.7])
+    assert first.startswith("| mine | pair | 2 | +0.150 [") and "] | +0.075 [" in first
+    assert second.startswith("| mine | identical objects | 2 | +0.650 [")
+    _, (only,) = rows("b", [CAPTIONS[0], *pairs, identical[0]], [9.0, 0.0, 0.2, 9.0])  # one caption has no interval
+    assert only.startswith("| mine | pair | 2 | +0.150 [")
+    _, (only,) = rows("c", pairs * 2, [0.0, 0.2, 0.4, 0.6])  # two samples of each pair
+    both = np.array([[0.2, 0.4], [0.3, 0.5]])
+    assert f"| pair | 2 | {seeds_by_captions(both).brief} |" in only
+    entries[0].runs[0].terms["model"] = "elsewhere"
+    assert kind_table(entries) == ""
