@@ -4,8 +4,7 @@ python examples/reward_guided_sampling.py [CAPTIONS]
 
 The oracle, which guidance does not see, scores samples of held-out captions (by default the first 64), two for each.
 All rows start from the same noise and take equal steps. Gains over plain sampling are paired by caption, with 95 %
-intervals.
-The guidance has its default strength, that of arXiv 2608.03929, which was not chosen on these captions.
+intervals. The guidance has its default strength, that of arXiv 2608.03929, which was not chosen on these captions.
 """
 
 import sys

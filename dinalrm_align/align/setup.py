@@ -362,7 +362,7 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
     """Return the hook that detects reward hacking, or None if all evaluation prompts are equal."""
     run, accelerator = setup.resolved.run, setup.accelerator
     if len(set(held_out.prompts)) < 2:
-        accelerator.print("reward hacking is not detected in this run: it needs two different evaluation prompts")
+        accelerator.print("all evaluation prompts are equal: no watch for hacking; standard errors are over samples")
         return None
     return Watch(
         history=held_out.history,

@@ -125,23 +125,26 @@ def kind_of(caption: str) -> str:
     return KINDS[1 if scene.relation else 2 if len(scene.items) > 1 else 0]
 
 
-def kind_table(entries: Sequence[Entry]) -> str:
-    """Return a Markdown section: the last gains in gold and its main parts, by the kind of caption (`kind_of`).
+def by_kind(entry: Entry) -> dict[str, np.ndarray]:
+    """Return a mask of the captions, (C,), in the order of `Run.gain`, for each kind with at least two captions."""
+    kinds = np.array([kind_of(caption) for caption in np.unique(entry.runs[0].terms["prompts"])])
+    return {kind: kinds == kind for kind in KINDS if (kinds == kind).sum() > 1}
 
-    A kind's intervals are over seeds and this kind's captions; a kind with one caption has no row. The section is empty
-    if the model is not `shapes`.
+
+def kind_table(entries: Sequence[Entry], names: Sequence[str] | None = None) -> str:
+    """Return a Markdown section: the last gains in the scores `names`, by the kind of caption (`kind_of`).
+
+    names: by default gold and its main parts. A kind's intervals are over seeds and this kind's captions; a kind with
+    one caption has no row. The section is empty if the model is not `shapes`.
     """
     if entries[0].runs[0].terms["model"] != "shapes":
         return ""
-    names, rows = main_parts(names_of(entries)), []
-    kinds = np.array([kind_of(caption) for caption in np.unique(entries[0].runs[0].terms["prompts"])])
+    names, rows = names or main_parts(names_of(entries)), []
     for entry in entries:
         gains = {name: np.stack([run.gain(name, entry.steps[-1]) for run in entry.runs]) for name in names}
-        for kind in KINDS:
-            own = kinds == kind
-            if own.sum() > 1:
-                cells = [seeds_by_captions(gains[name][:, own]).brief for name in names]
-                rows.append([entry.name, kind, str(own.sum()), *cells])
+        for kind, own in by_kind(entry).items():
+            cells = [seeds_by_captions(gains[name][:, own]).brief for name in names]
+            rows.append([entry.name, kind, str(own.sum()), *cells])
     head = ["", "kind", "captions", *(f"{label(name)} [95 %]" for name in names)]
     note = "A pair is two objects in a relation. Intervals are not adjusted for the number of gains."
     guidance = entries[0].runs[0].terms["guidance_scale"]

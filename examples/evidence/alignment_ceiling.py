@@ -16,6 +16,7 @@ over captions), and from all of these alignment_ceiling.md.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,18 +45,15 @@ SCALES = (1.0, SPEC.guidance_scale)
 SHOWN = ("gold", "faithfulness", "objects", "count", "aesthetics")
 
 
-def held_out(samples: int) -> list[str]:
-    captions = read_prompts(SPEC.heldout_prompts)
-    return [captions[index % len(captions)] for index in range(samples)]
-
-
 @torch.no_grad()
-def evaluate(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, samples: int) -> dict[str, list[list[float]]]:
-    """Return the score and its parts of every held-out sample: {part: [values at SCALES[0], values at SCALES[1]]}."""
-    prompts, found = held_out(samples), {name: [] for name in ("gold", *PARTS)}
+def evaluate(
+    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, prompts: Sequence[str]
+) -> dict[str, list[list[float]]]:
+    """Return the score and its parts of a sample per prompt: {part: [values at SCALES[0], values at SCALES[1]]}."""
+    found = {name: [] for name in ("gold", *PARTS)}
     for scale in SCALES:
         columns = {name: [] for name in found}
-        for start in range(0, samples, 64):
+        for start in range(0, len(prompts), 64):
             own = prompts[start : start + 64]
             (embeds, pooled), (empty, empty_pooled) = encoder(own), encoder.empty(len(own))
             noise = seeded_noise((16, 16, 16), [seeded_generator(SEED, start + index) for index in range(len(own))])
@@ -135,7 +133,9 @@ def main() -> None:
     transformer = pipeline.transformer
     encoder = PromptEncoder(pipeline, text_length=SPEC.text_length, device="cpu")
     latents, captions = training_images(pipeline, encoder, options.arm, options.images)
-    before = evaluate(pipeline, encoder, options.samples)
+    held_out = read_prompts(SPEC.heldout_prompts)
+    prompts = [held_out[index % len(held_out)] for index in range(options.samples)]
+    before = evaluate(pipeline, encoder, prompts)
     if options.arm == "full":
         parameters = list(transformer.requires_grad_(True).parameters())
     else:
@@ -158,7 +158,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if update in options.updates:
-            after = evaluate(pipeline, encoder, options.samples)
+            after = evaluate(pipeline, encoder, prompts)
             row = {}
             for name, values in after.items():
                 for index, scale in enumerate(SCALES):
@@ -166,7 +166,7 @@ def main() -> None:
                     row[f"{name} at {scale:g}"] = [
                         float(np.mean(before[name][index])),
                         float(gain.mean()),
-                        standard_error(gain, held_out(options.samples)),
+                        standard_error(gain, prompts),
                     ]
             found[f"update {update}"] = row
             for name in ("gold", "faithfulness", "objects", "relation", "count", "aesthetics"):

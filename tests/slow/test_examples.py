@@ -15,6 +15,7 @@ SHORTENED = {
     "methods": f"{LISTS} --methods grpo --rewards dinalrm oracle --sweep false --loop.steps=1 --dry_run",  # as frontier
     "hpdv3_folder": "4",
     "alignment_ceiling": "ceiling --images=8 --updates=1 --samples=4 --batch=2",
+    "gains_by_kind": "--help",  # reads finished runs; tests/unit/eval/test_evidence_comparisons.py
     "gpu_model": "--help",  # counts for minutes; tests/unit/align/test_gpu_model.py
     "own_samples": f"--captions=2 --prompts={ROOT}/dinalrm_align/shapes/prompts/test.txt",
     "probe_features": "--images=64 --sigmas 0.2 --checkpoint half",

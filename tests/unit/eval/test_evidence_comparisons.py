@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 
 import frontier
+import gains_by_kind
 import hacking
 import methods
 import numpy as np
@@ -12,7 +13,7 @@ from _curves import kind_of, kind_table
 from _runs import Prompts, parse
 from _unguided import Unguided
 from frontier import Trial
-from report_runs import make_run
+from report_runs import GOLD, make_run
 
 from dinalrm_align.eval.report.entries import read_entries
 from dinalrm_align.eval.report.intervals import seeds_by_captions
@@ -299,3 +300,21 @@ def test_gains_by_kind_of_caption(tmp_path):
     assert f"| pair | 2 | {seeds_by_captions(both).brief} |" in only
     entries[0].runs[0].terms["model"] = "elsewhere"
     assert kind_table(entries) == ""
+
+
+def test_gains_of_finished_runs_and_their_differences_by_kind(tmp_path, capsys):
+    """The first run gains 0.3 more on one pair and 0.1 more on the other."""
+    prompts = [f"a small red circle {where} a large blue square on gray" for where in ("left of", "above")]
+    for name, gains in (("a", [0.5, 0.3]), ("b", [0.2, 0.2])):
+        make_run(tmp_path / name, {4: gains * 2}, prompts=prompts * 2, guidance_scale=3.0, parts=PARTS)
+    gains_by_kind.main(["--group", "first", f"{tmp_path / 'a'}", "--group", "other", f"{tmp_path / 'b'}"])
+    base, *_, difference = printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert base == f"Gold of the base model: pair {np.mean(GOLD):.3f}."
+    assert any(line.startswith("| first | pair | 2 | +0.400 [") for line in printed)
+    found = seeds_by_captions(np.array([[0.3, 0.1]]))
+    assert difference == f"| first less other | pair | {found.brief} | one seed |"
+    assert found.mean == pytest.approx(0.2)
+    make_run(tmp_path / "c", {4: [0.0] * 4}, prompts=prompts * 2, guidance_scale=1.0)
+    with pytest.raises(SystemExit):
+        gains_by_kind.main([f"{tmp_path / 'a'}", f"{tmp_path / 'c'}"])
+    assert "expected runs with the same evaluation" in capsys.readouterr().err
