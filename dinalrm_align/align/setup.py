@@ -362,7 +362,8 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
     """Return the hook that detects reward hacking, or None if all evaluation prompts are equal."""
     run, accelerator = setup.resolved.run, setup.accelerator
     if len(set(held_out.prompts)) < 2:
-        accelerator.print("all evaluation prompts are equal: no watch for hacking; standard errors are over samples")
+        equal = "all evaluation prompts are equal: standard errors are over samples"
+        accelerator.print(f"{equal}, and reward hacking is not detected in this run")
         return None
     return Watch(
         history=held_out.history,

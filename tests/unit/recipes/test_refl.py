@@ -272,7 +272,8 @@ def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monk
 def test_one_caption_cannot_be_watched(recipe, arguments, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("a small red circle on white\n")
     folder = run(recipe, arguments, tmp_path / "run", f"--eval_prompts={tmp_path / 'one.txt'}", "--loop.steps=1")
-    assert "reward hacking is not detected in this run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "reward hacking is not detected in this run" in printed and "standard errors are over samples" in printed
     assert "hacking" not in read_metrics(folder / "metrics.jsonl")[-1]
 
 
