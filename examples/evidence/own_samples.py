@@ -8,12 +8,16 @@ oracle without noise. Two numbers:
 - pairs: per cent of a caption's pairs that the reward orders as the oracle does, for pairs whose oracle scores differ
   by more than 0.25 (and for all).
 
-Intervals are 95 %, from 10,000 bootstrap resamples of captions. A reward that ranks at random reaches 0 % and 50 %. The
-row "oracle at sigma" says what can be known from a noised latent: the oracle scores the base model's one-step estimate.
+A group of rewards, such as the seeds of one way of training, is one row. Intervals are 95 %, over captions and the
+rewards of a group. A second table has every row less the first, paired by sample and, in groups, by position; in
+parentheses the smallest effect that the comparison of groups finds in 80 % of repetitions. A reward that ranks at random
+reaches 0 % and 50 %. The row "oracle at sigma" says what can be known from a noised latent: the oracle scores the base
+model's one-step estimate.
 
     python examples/evidence/own_samples.py                                     # dinalrm and pixel
     python examples/evidence/own_samples.py --drawn 640                         # on captions that stand in no list
     python examples/evidence/own_samples.py --model DIR --rewards dinalrm=FOLDER
+    python examples/evidence/own_samples.py --group lora FOLDER FOLDER --group frozen FOLDER FOLDER
 """
 
 import argparse
@@ -25,8 +29,11 @@ import torch
 from _runs import USED, fresh_captions
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from dinalrm_align.data.prompts import read_prompts
+from dinalrm_align.eval.report.intervals import bracket, seeds_by_captions
+from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.flow.noise import add_noise, denoised, timestep_of
 from dinalrm_align.models.pipeline import decode_latents, load_pipeline
 from dinalrm_align.models.specs import resolve_model
@@ -34,7 +41,7 @@ from dinalrm_align.reward.registry import load_reward
 from dinalrm_align.shapes.generators import prompt_encoder, sample_latents
 from dinalrm_align.shapes.oracle import oracle_score
 
-EACH, GAP, RESAMPLES = 4, 0.25, 10_000
+EACH, GAP, BATCH = 4, 0.25, 64
 
 
 def best_of(scores: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,11 +66,43 @@ def ordered(scores: np.ndarray, gold: np.ndarray, gap: float) -> tuple[np.ndarra
     return right, total
 
 
-def share(part: np.ndarray, whole: np.ndarray) -> str:
-    """Return 100 * sum(part) / sum(whole) with its bootstrap interval over captions, as text."""
-    rows = np.random.default_rng(0).integers(len(part), size=(RESAMPLES, len(part)))
-    low, high = np.quantile(100 * part[rows].sum(1) / whole[rows].sum(1), (0.025, 0.975))
-    return f"{100 * part.sum() / whole.sum():.1f} % [{low:.1f}, {high:.1f}]"
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Return values (captions,) whose mean is 100 sum(part) / sum(whole), and whose standard error is that of this ratio
+    (linearised). part, whole: (captions,).
+    """
+    ratio = part.sum() / whole.sum()
+    return 100 * (ratio + (part - ratio * whole) / whole.mean())
+
+
+def measures(scores: np.ndarray, gold: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the numbers by name, each by caption. scores, gold: (captions, samples)."""
+    far, every = (share(*ordered(scores, gold, gap)) for gap in (GAP, 0.0))
+    return {f"best of {EACH}": share(*best_of(scores, gold)), f"pairs above {GAP}": far, "all pairs": every}
+
+
+def report(found: dict[str, list[np.ndarray]], gold: np.ndarray) -> str:
+    """Return two tables: every row's numbers, and every row less the first. found: scores (captions, samples) of the
+    rewards of each row. gold: (captions, samples).
+    """
+    values = {name: [measures(scores, gold) for scores in rewards] for name, rewards in found.items()}
+    first, *others = values
+    numbers = [*values[first][0]]
+    rows, differences = [], []
+    for name, own in values.items():
+        levels = [seeds_by_captions(np.stack([one[number] for one in own])) for number in numbers]
+        rows.append(
+            [name, len(own), *(f"{level.mean:.1f} {bracket(level.low, level.high, '.1f')}" for level in levels)]
+        )
+    for name in others:
+        pairs = [*zip(values[name], values[first])]
+        line = [f"{name} less {first}", len(pairs)]
+        for number in numbers:
+            gap = seeds_by_captions(np.stack([one[number] - other[number] for one, other in pairs]))
+            effect = f" ({gap.detectable:.1f})" if len(pairs) > 1 else ""
+            line.append(f"{gap.mean:+.1f} {bracket(gap.low, gap.high, '+.1f')}{effect}")
+        differences.append(line)
+    heads = ["reward", "rewards", *(f"{number}, %" for number in numbers)]
+    return "\n\n".join(table(heads, lines) for lines in (rows, differences) if lines)
 
 
 def one_step_estimate(
@@ -80,7 +119,8 @@ def one_step_estimate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help="shapes, or folder of a world of recipes/build_shapes.py")
-    parser.add_argument("--rewards", nargs="+", default=["dinalrm", "pixel"])
+    parser.add_argument("--rewards", nargs="+", default=[], help="a row each; by default dinalrm and pixel")
+    parser.add_argument("--group", nargs="+", action="append", default=[], metavar=("NAME", "REWARD"))
     parser.add_argument("--prompts", type=Path, help="text file of captions; by default the model's held-out captions")
     parser.add_argument("--captions", type=int, help="number of captions; by default all")
     parser.add_argument(
@@ -96,34 +136,37 @@ def main() -> None:
     print(reason)
     pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
     encoder = prompt_encoder(pipeline)
-    rewards = {name: load_reward(name, spec=spec, pipeline=pipeline) for name in given.rewards}
+    groups = {name: [name] for name in given.rewards or ["dinalrm", "pixel"] * (not given.group)}
+    groups |= {name: members for name, *members in given.group}
+    rewards = {
+        name: [load_reward(member, spec=spec, pipeline=pipeline) for member in members]
+        for name, members in groups.items()
+    }
     if given.drawn:
         captions = fresh_captions(given.drawn, given.seed, {one for path in USED for one in read_prompts(path)})
     else:
         captions = read_prompts(given.prompts or spec.heldout_prompts)[: given.captions]
     captions = [caption for caption in captions for _ in range(EACH)]
     for guidance in given.guidance or [spec.guidance_scale]:
-        gold, scores = [], {name: [] for name in [*rewards, *(f"oracle at sigma {sigma:g}" for sigma in given.noised)]}
-        for start in range(0, len(captions), 64):
-            own = captions[start : start + 64]
+        gold, noised = [], [f"oracle at sigma {sigma:g}" for sigma in given.noised]
+        scores = {name: [[] for _ in members] for name, members in rewards.items()} | {name: [[]] for name in noised}
+        for start in tqdm(range(0, len(captions), BATCH), desc="samples", unit=f" {BATCH}"):
+            own = captions[start : start + BATCH]
             seeds = [given.seed * 10**6 + index for index in range(start, start + len(own))]
             latents = sample_latents(pipeline, encoder, own, steps=spec.num_steps, guidance=guidance, seed=seeds)
             gold += oracle_score(decode_latents(pipeline.vae, latents), own).tolist()
-            for name, reward in rewards.items():
-                scores[name] += reward(latents, own).tolist()
+            for name, members in rewards.items():
+                for number, reward in enumerate(members):
+                    scores[name][number] += reward(latents, own).tolist()
             text = encoder(own)
-            for sigma in given.noised:
+            for name, sigma in zip(noised, given.noised):
                 estimate = one_step_estimate(pipeline.transformer, latents, text, sigma, seeds[0])
-                images = decode_latents(pipeline.vae, estimate)
-                scores[f"oracle at sigma {sigma:g}"] += oracle_score(images, own).tolist()
+                scores[name][0] += oracle_score(decode_latents(pipeline.vae, estimate), own).tolist()
         gold = np.array(gold).reshape(-1, EACH)
         print(f"guidance {guidance:g}, {len(gold)} captions, {EACH} samples each: gold {gold.mean():.3f}, ", end="")
-        print(f"best of {EACH} by the oracle {gold.max(1).mean():.3f}")
-        for name, found in scores.items():
-            found = np.array(found).reshape(-1, EACH)
-            far, every = (share(*ordered(found, gold, gap)) for gap in (GAP, 0.0))
-            print(f"  {name}: best of {EACH} {share(*best_of(found, gold))} of the way; ", end="")
-            print(f"pairs with a gap above {GAP} {far}, all pairs {every}")
+        print(f"best of {EACH} by the oracle {gold.max(1).mean():.3f}\n")
+        found = {name: [np.array(one).reshape(-1, EACH) for one in members] for name, members in scores.items()}
+        print(report(found, gold))
 
 
 if __name__ == "__main__":

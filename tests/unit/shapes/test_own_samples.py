@@ -16,7 +16,7 @@ GOLD = np.array([[1.0, 2.0, 3.0, 2.0], [0.0, 0.1, 0.0, 0.3]])
 def test_the_share_of_the_way_to_the_best_sample(script):
     got, best = script.best_of(np.array([[0, 5, 1, 2], [0, 0, 0, 9]]), GOLD)
     assert got == pytest.approx([0.0, 0.2]) and best == pytest.approx([1.0, 0.2])
-    assert script.share(got, best).startswith("16.7 %")
+    assert script.share(got, best).mean() == pytest.approx(100 * 0.2 / 1.2)
 
 
 def test_pairs_with_a_gap_are_counted_and_ties_count_half(script):
@@ -28,7 +28,21 @@ def test_pairs_with_a_gap_are_counted_and_ties_count_half(script):
     assert right.tolist() == [2.5, 2.5]
 
 
-def test_an_interval_over_captions_contains_its_share(script):
-    part = np.arange(40) % 2
-    share, low, high = (float(word.strip("[],%")) for word in script.share(part, np.ones(40)).split() if word != "%")
-    assert low < share == 50 < high
+def test_the_standard_error_of_a_share_is_that_of_the_ratio(script):
+    rng = np.random.default_rng(0)
+    draws = rng.gamma(2.0, size=(4000, 100))
+    parts = draws * rng.uniform(0, 0.6, size=draws.shape)
+    ratios = 100 * parts.sum(1) / draws.sum(1)
+    errors = [script.share(part, whole).std(ddof=1) / 10 for part, whole in zip(parts[:200], draws[:200])]
+    assert np.mean(errors) == pytest.approx(ratios.std(), rel=0.05)
+
+
+def test_rewards_are_compared_by_sample_and_position(script):
+    rng = np.random.default_rng(0)
+    gold = rng.standard_normal((50, 4))
+    noisy = [gold + rng.standard_normal(gold.shape) for _ in range(3)]
+    text = script.report({"first": noisy, "alike": [1 + 2 * one for one in noisy], "oracle": [gold]}, gold)
+    assert f"| alike less first | 3 |{' +0.0 [+0.0, +0.0] (0.0) |' * 3}\n" in text
+    assert f"| oracle | 1 |{' 100.0 [100.0, 100.0] |' * 3}\n" in text
+    own = [script.measures(one, gold)["best of 4"].mean() for one in noisy]
+    assert f"| first | 3 | {np.mean(own):.1f} [" in text and f"| oracle less first | 1 | {100 - own[0]:+.1f} [" in text
