@@ -10,9 +10,9 @@ oracle without noise. Two numbers:
 
 A group of rewards, such as the seeds of one way of training, is one row. Intervals are 95 %, over captions and the
 rewards of a group. A second table has every row less the first, paired by sample and, in groups, by position; in
-parentheses the smallest effect that the comparison of groups finds in 80 % of repetitions. A reward that ranks at random
-reaches 0 % and 50 %. The row "oracle at sigma" says what can be known from a noised latent: the oracle scores the base
-model's one-step estimate.
+parentheses the smallest effect that the comparison of groups finds in 80 % of repetitions. A reward that ranks at
+random reaches 0 % and 50 %. The row "oracle at sigma" says what can be known from a noised latent: the oracle scores the
+base model's one-step estimate.
 
     python examples/evidence/own_samples.py                                     # dinalrm and pixel
     python examples/evidence/own_samples.py --drawn 640                         # on captions that stand in no list
@@ -67,8 +67,8 @@ def ordered(scores: np.ndarray, gold: np.ndarray, gap: float) -> tuple[np.ndarra
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Return values (captions,) whose mean is 100 sum(part) / sum(whole), and whose standard error is that of this ratio
-    (linearised). part, whole: (captions,).
+    """Return values (captions,) whose mean is 100 sum(part) / sum(whole), and whose standard error is that of this
+    ratio (linearised). part, whole: (captions,).
     """
     ratio = part.sum() / whole.sum()
     return 100 * (ratio + (part - ratio * whole) / whole.mean())
