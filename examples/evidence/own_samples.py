@@ -11,8 +11,8 @@ oracle without noise. Two numbers:
 A group of rewards, such as the seeds of one way of training, is one row. Intervals are 95 %, over captions and the
 rewards of a group. A second table has every row less the first, paired by sample and, in groups, by position; in
 parentheses the smallest effect that the comparison of groups finds in 80 % of repetitions. A reward that ranks at
-random reaches 0 % and 50 %. The row "oracle at sigma" says what can be known from a noised latent: the oracle scores the
-base model's one-step estimate.
+random reaches 0 % and 50 %. The row "oracle at sigma" says what can be known from a noised latent: the oracle scores
+the base model's one-step estimate.
 
     python examples/evidence/own_samples.py                                     # dinalrm and pixel
     python examples/evidence/own_samples.py --drawn 640                         # on captions that stand in no list
