@@ -24,9 +24,7 @@ def summarise(
     run, folder = resolved.run, Path(resolved.run.output_dir)
     what = {"recipe": resolved.recipe, "model": resolved.spec.name, "reward": run.reward, "seed": run.seed}
     alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
-    summary = {**what, **facts, **scores}
-    summary["hacking_alarm"] = alarms[0] if alarms else None
-    summary |= signal.counts()
+    summary = {**what, **facts, **scores, "hacking_alarm": alarms[0] if alarms else None, **signal.counts()}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
     lora = f"LoRA: {folder / 'lora'} (weights: {facts['weights']})"
     print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; {lora}")

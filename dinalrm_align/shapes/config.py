@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
+    ClosedUnitInterval,
     HalfOpenUnitInterval,
     IntAboveOne,
     IntFrom3To512,
@@ -194,6 +195,8 @@ class PairsConfig:
             Default: those of `default_generators`.
         easy_share: share of the training lists that are easy to order: renders, by the makers of `scout_generators`.
             A reward that is trained on other lists alone forgets what it learned from renders.
+        own_share: share of the other training lists whose images are all samples of the base at its default guidance
+            and steps, as a policy's are.
         outside: makers of the images of a test set out of family, which must not occur in training.
         per_concept: number of evaluation pairs for each concept; their captions are held out from training.
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.
@@ -213,6 +216,7 @@ class PairsConfig:
     tie_gap: NonNegativeFloat = 0.05
     generators: dict[str, Generator] = field(default_factory=default_generators)
     easy_share: HalfOpenUnitInterval = 0.375  # with it, half of all images are samples
+    own_share: ClosedUnitInterval = 0.0
     outside: dict[str, Generator] = field(default_factory=lambda: {"outsider": Generator(checkpoint="outsider")})
     per_concept: PositiveInt = 100
     per_shifted: PositiveInt = 40
@@ -236,6 +240,11 @@ class PairsConfig:
     def easy(self) -> "PairsConfig":
         """Return the settings of easy lists alone: renders, by the makers of `scout_generators`."""
         return replace(self, generators=scout_generators(), emphasis=SCOUT_EMPHASIS, easy_share=0.0, outside={})
+
+    def own(self) -> "PairsConfig":
+        """Return the settings of lists of the base's own samples alone."""
+        own = Generator(guidance_scale=(3.0, 3.0), num_steps=(12, 12))
+        return replace(self, generators={"(own)": own}, easy_share=0.0, own_share=0.0, outside={})
 
 
 @dataclass
@@ -314,14 +323,14 @@ class BuildConfig:
     seed: NonNegativeInt = 0
     device: Literal["cpu", "cuda"] = "cpu"
     stack: StackConfig = field(default_factory=StackConfig)
-    pairs: PairsConfig = field(default_factory=PairsConfig)
+    pairs: PairsConfig = field(default_factory=lambda: PairsConfig(groups=12_800, easy_share=0.1875, own_share=0.6))
     vae: StageConfig = field(default_factory=lambda: _stage(64, 2400, 2e-3, decay=0.5))
     text: StageConfig = field(default_factory=lambda: _stage(128, 600, 2e-3, warmup=50))
     base: StageConfig = field(default_factory=lambda: _stage(64, 4000, 2e-3, ema=0.9985, decay=0.6, warmup=200, keep=8))
     outsider: StageConfig = field(default_factory=lambda: _stage(64, 800, 2e-3, ema=0.995, decay=0.6))
     outsider_heads: PositiveInt = 3
     scout: ScoutConfig = field(default_factory=ScoutConfig)
-    reward_updates: PositiveInt = 900
+    reward_updates: PositiveInt = 2400
     clip: StageConfig = field(default_factory=lambda: _stage(96, 700, 1e-3))
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 1600, 3e-4))
     cached_images: PositiveInt = 40_000

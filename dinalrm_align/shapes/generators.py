@@ -78,20 +78,25 @@ def sampler_settings(block: int, kind: str, config: PairsConfig) -> np.ndarray:
     return np.random.default_rng((config.seed, STREAMS[kind], block, 1)).random((config.images, 2))
 
 
-def is_easy(block: int, kind: str, config: PairsConfig) -> bool:
-    """Return whether the lists of a block are easy (see `PairsConfig`): evenly spread blocks of the training lists."""
-    share = config.easy_share if kind == "train" else 0.0
-    return int(share * (block + 1)) > int(share * block)
+def settings_of(block: int, kind: str, config: PairsConfig) -> PairsConfig:
+    """Return the settings of a block of lists: evenly spread blocks of training lists are easy, or own samples."""
+    if kind != "train":
+        return config
+    easy = int(config.easy_share * (block + 1))
+    if easy > int(config.easy_share * block):
+        return config.easy()
+    other = block - easy  # number of earlier blocks that are not easy
+    return config.own() if int(config.own_share * (other + 1)) > int(config.own_share * other) else config
 
 
 def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
     """Make the lists of `kind`, each with images of several generators. `encoder`: encodes prompts for `pipeline`."""
-    makers, given = makers_of(kind, config), config
+    given, makers = config, makers_of(kind, config) | (config.own().generators if config.own_share else {})
     pipelines = open_generators(makers, pipeline)
     encoders = {name: prompt_encoder(own) if makers[name].model else encoder for name, own in pipelines.items()}
     total = config.groups if kind == "train" else config.heldout_groups
     for start in tqdm(range(0, total, BLOCK), desc="preference pairs", unit=f" {BLOCK} captions"):
-        config = given.easy() if is_easy(start // BLOCK, kind, given) else given
+        config = settings_of(start // BLOCK, kind, given)
         generators = makers_of(kind, config)
         plans = [plan_list(i, kind, generators, config) for i in range(start, min(start + BLOCK, total))]
         samples, drawings = defaultdict(list), {}
@@ -197,6 +202,7 @@ def check_outside(config: PairsConfig, pipeline: StableDiffusion3Pipeline) -> No
     training = identities(config.generators, pipeline)
     easy = config.easy().generators if config.easy_share else {}
     training |= {f"easy {name}": maker for name, maker in identities(easy, pipeline).items()}
+    training |= identities(config.own().generators if config.own_share else {}, pipeline)
     pairs = itertools.product(identities(config.outside, pipeline).items(), training.items())
     for (name, outside), (other, known) in pairs:
         apart = any(outside[key] != known[key] for key in ("render", "weights") if key in known)

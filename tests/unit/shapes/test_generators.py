@@ -15,6 +15,7 @@ from dinalrm_align.align.config import LoraConfig
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
+from dinalrm_align.models.specs import MODELS
 from dinalrm_align.shapes import generators, pairs
 from dinalrm_align.shapes.config import (
     SCOUT_EMPHASIS,
@@ -33,6 +34,8 @@ from dinalrm_align.shapes.generators import (
     open_generators,
     plan_list,
     prompt_encoder,
+    sample_latents,
+    settings_of,
 )
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.pairs import ensure_pairs, write_pairs
@@ -235,6 +238,32 @@ def test_a_share_of_the_training_blocks_are_easy_lists_of_renders(tiny_pipeline,
     assert planned == [sorted(MIXED)] * 5, "test sets have none"
 
 
+def test_blocks_of_own_samples_are_evenly_spread_among_those_that_are_not_easy():
+    config = dataclasses.replace(TINY, easy_share=0.2, own_share=0.5)
+    kinds = [sorted(settings_of(block, "train", config).generators) for block in range(20)]
+    easy, own = sorted(scout_generators()), ["(own)"]
+    assert [index for index, names in enumerate(kinds) if names == easy] == [4, 9, 14, 19]
+    rest = [names for names in kinds if names != easy]
+    assert rest == [sorted(TINY.generators), own] * 8
+    assert settings_of(1, "heldout", config) is config, "test sets have none"
+    whole = dataclasses.replace(TINY, easy_share=0.0, own_share=1.0)
+    assert all([*settings_of(block, "train", whole).generators] == own for block in range(9))
+
+
+def test_own_samples_are_sampled_as_a_policys_are(tiny_pipeline, monkeypatch):
+    def sample(pipeline, encoder, prompts, *, steps, guidance, seed):
+        asked.append((pipeline.transformer is tiny_pipeline.transformer, len(prompts), steps, guidance))
+        return sample_latents(pipeline, encoder, prompts, steps=1, guidance=1.0, seed=seed)
+
+    asked = []
+    monkeypatch.setattr(generators, "sample_latents", sample)
+    config = dataclasses.replace(TINY, groups=3, easy_share=0.0, own_share=1.0)
+    ((scenes, latents, *_),) = make_lists("train", tiny_pipeline, prompt_encoder(tiny_pipeline), config)
+    assert len(scenes) == 3 and len(latents) == 3 * config.images
+    spec = MODELS["shapes"]
+    assert asked == [(True, 3, spec.num_steps, spec.guidance_scale)] * config.images
+
+
 def test_half_of_the_images_of_the_default_lists_are_samples():
     makers = default_generators().values()
     sampled = sum(maker.weight for maker in makers if maker.render is None) / sum(maker.weight for maker in makers)
@@ -411,6 +440,11 @@ def test_outside_generators_must_not_occur_in_training(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"pairs.outside.x: .* as 'easy unrelated'"):
         ensure_pairs("train", tmp_path / "train", tiny_pipeline, unrelated)
     check_outside(dataclasses.replace(unrelated, easy_share=0.0), tiny_pipeline)
+    policy = dataclasses.replace(PLAIN, outside={"x": Generator(num_steps=(12, 12))}, own_share=0.5)
+    policy = dataclasses.replace(policy, generators={"few": FEW})
+    with pytest.raises(ValueError, match=r"pairs.outside.x: .* as '\(own\)'"):
+        check_outside(policy, tiny_pipeline)
+    check_outside(dataclasses.replace(policy, own_share=0.0), tiny_pipeline)
     apart = dataclasses.replace(PLAIN, outside={"few_steps": FEW, "aligned": Generator(lora=lora)}, heldout_groups=1)
     assert apart.held_out_kinds == ["heldout", "outside", "shifted", "concepts"]
     assert PLAIN.held_out_kinds == ["heldout", "shifted", "concepts"]
