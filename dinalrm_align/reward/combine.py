@@ -42,9 +42,9 @@ class RewardSum(RewardModule):
         self.names = tuple(parts)
         self.name = " + ".join(parts)
         self.parts = nn.ModuleList(parts.values())
-        self.weights = {name: float(weight) for name, weight in weights.items()}
+        self._weight_of = {name: float(weight) for name, weight in weights.items()}
         # a buffer, so that sums with other weights have other fingerprints
-        values = torch.tensor([self.weights[name] for name in self.names], dtype=torch.float64)
+        values = torch.tensor([self._weight_of[name] for name in self.names], dtype=torch.float64)
         self.register_buffer("_weights", values, persistent=False)
         vaes = {id(part.vae) for part in self._pixel_parts.values() if part.has_vae}
         if len(vaes) > 1:
@@ -70,6 +70,10 @@ class RewardSum(RewardModule):
     def _pixel_parts(self) -> dict[str, PixelReward]:
         return {name: part for name, part in self.named_parts.items() if part.reads_images}
 
+    @property
+    def weights(self) -> dict[str, float]:
+        return self._weight_of
+
     @scoring
     def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return the weighted sum (B,), float32. The sum is differentiable in the latents if every summed reward is."""
@@ -77,7 +81,7 @@ class RewardSum(RewardModule):
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum (B,) of the scores in `parts`. Raise ValueError if the sum is not finite."""
-        total = sum(weight * parts[name] for name, weight in self.weights.items())
+        total = sum(weight * parts[name] for name, weight in self._weight_of.items())
         return finite_scores(total, len(total), self.name)
 
     @scoring
@@ -137,7 +141,7 @@ class RewardSum(RewardModule):
             part.onload(device)
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        return sum_of, (self.named_parts, self.weights)
+        return sum_of, (self.named_parts, self._weight_of)
 
     def enable_gradient_checkpointing(self) -> None:
         for part in self.parts:

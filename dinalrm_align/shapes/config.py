@@ -162,6 +162,7 @@ def default_generators() -> dict[str, Generator]:
     }
 
 
+OWN_SAMPLES = {"own samples": Generator(guidance_scale=(3.0, 3.0), num_steps=(12, 12))}
 SCOUT_EMPHASIS = {"shape": 3.0, "fill": 3.0, "size": 2.0, "count": 2.0}  # what a reward learns late
 
 
@@ -191,17 +192,17 @@ class PairsConfig:
         rater_spread: standard deviation of the extra weight that each rater gives to faithfulness, sharpness, contrast
             and centring; every list has new raters.
         tie_gap: a rater to whom two scores, with noise, differ by less prefers neither, and counts as half a vote.
-        generators: makers of a list's images, by name. Each makes its share, by weight, of the images of every list.
-            Default: those of `default_generators`.
+        generators: makers of a list's images, by name. Each makes its share, by weight, of the images of every list
+            that is neither easy nor of own samples. Default: those of `default_generators`.
         easy_share: share of the training lists that are easy to order: renders, by the makers of `scout_generators`.
             A reward that is trained on other lists alone forgets what it learned from renders.
         own_share: share of the other training lists whose images are all samples of the base at its default guidance
-            and steps, as a policy's are.
+            and steps, as in the evaluation of a policy.
         outside: makers of the images of a test set out of family, which must not occur in training.
         per_concept: number of evaluation pairs for each concept; their captions are held out from training.
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.
-        heldout_groups: number of held-out captions for evaluation pairs that are made like the training pairs, and of
-            those out of family.
+        heldout_groups: number of held-out captions for evaluation pairs that are made by `generators`, and of those out
+            of family.
         seed: seed of all random draws.
     """
 
@@ -239,12 +240,8 @@ class PairsConfig:
 
     def easy(self) -> "PairsConfig":
         """Return the settings of easy lists alone: renders, by the makers of `scout_generators`."""
-        return replace(self, generators=scout_generators(), emphasis=SCOUT_EMPHASIS, easy_share=0.0, outside={})
-
-    def own(self) -> "PairsConfig":
-        """Return the settings of lists of the base's own samples alone."""
-        own = Generator(guidance_scale=(3.0, 3.0), num_steps=(12, 12))
-        return replace(self, generators={"(own)": own}, easy_share=0.0, own_share=0.0, outside={})
+        renders = dict(generators=scout_generators(), emphasis=SCOUT_EMPHASIS, easy_share=0.0, own_share=0.0)
+        return replace(self, outside={}, **renders)
 
 
 @dataclass

@@ -1,16 +1,16 @@
 """Generators of the embedded world: who makes the images of a list of preference pairs, and with which settings.
 
-A list belongs to one caption, and its images come from different generators. All draws of a list are keyed by the
+A list belongs to one caption; most lists have images of different generators. All draws of a list are keyed by the
 caption's index, except the sampler's settings: lists come in blocks of BLOCK captions, and the images at one position
-in the lists of a block share guidance and number of steps, so that those of one generator are sampled together. A list
-therefore does not depend on how many follow (up to rounding), and an interrupted data set starts again identically.
+of a block's lists share guidance and number of steps, to be sampled together. A list therefore does not depend on how
+many follow (up to rounding), and an interrupted data set starts again identically.
 """
 
 import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline, load_transformer
 from dinalrm_align.models.text import PromptEncoder, text_encoders
 from dinalrm_align.models.weights import load_tensors, read_tensors
-from dinalrm_align.shapes.config import Generator, MakerWeights, PairsConfig
+from dinalrm_align.shapes.config import OWN_SAMPLES, Generator, MakerWeights, PairsConfig
 from dinalrm_align.shapes.render import concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.digest import fingerprint
@@ -54,8 +54,9 @@ class ListPlan:
 
 
 def makers_of(kind: str, config: PairsConfig) -> dict[str, Generator]:
-    """Return the generators of lists of `kind`: none for pairs that are not lists."""
-    return {"train": config.generators, "heldout": config.generators, "outside": config.outside}.get(kind, {})
+    """Return the generators of lists of `kind`, but for easy ones: none for pairs that are not lists."""
+    own, mixed = OWN_SAMPLES if config.own_share else {}, config.generators if config.own_share < 1 else {}
+    return {"train": mixed | own, "heldout": config.generators, "outside": config.outside}.get(kind, {})
 
 
 def plan_list(index: int, kind: str, generators: dict[str, Generator], config: PairsConfig) -> ListPlan:
@@ -80,18 +81,17 @@ def sampler_settings(block: int, kind: str, config: PairsConfig) -> np.ndarray:
 
 def settings_of(block: int, kind: str, config: PairsConfig) -> PairsConfig:
     """Return the settings of a block of lists: evenly spread blocks of training lists are easy, or own samples."""
-    if kind != "train":
-        return config
-    easy = int(config.easy_share * (block + 1))
-    if easy > int(config.easy_share * block):
+    easy, plain = int(config.easy_share * (block + 1)), replace(config, own_share=0.0)
+    if kind == "train" and easy > int(config.easy_share * block):
         return config.easy()
     other = block - easy  # number of earlier blocks that are not easy
-    return config.own() if int(config.own_share * (other + 1)) > int(config.own_share * other) else config
+    own = int(config.own_share * (other + 1)) > int(config.own_share * other)
+    return replace(plain, generators=OWN_SAMPLES) if kind == "train" and own else plain
 
 
 def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
-    """Make the lists of `kind`, each with images of several generators. `encoder`: encodes prompts for `pipeline`."""
-    given, makers = config, makers_of(kind, config) | (config.own().generators if config.own_share else {})
+    """Make the lists of `kind`. `encoder`: encodes prompts for `pipeline`."""
+    makers, given = makers_of(kind, config), config
     pipelines = open_generators(makers, pipeline)
     encoders = {name: prompt_encoder(own) if makers[name].model else encoder for name, own in pipelines.items()}
     total = config.groups if kind == "train" else config.heldout_groups
@@ -199,10 +199,9 @@ def check_outside(config: PairsConfig, pipeline: StableDiffusion3Pipeline) -> No
     """Raise ValueError if a generator of `config.outside` occurs in training: renders of the same kind, or samples of
     the same weights within overlapping ranges of guidance and steps.
     """
-    training = identities(config.generators, pipeline)
+    training = identities(makers_of("train", config), pipeline)
     easy = config.easy().generators if config.easy_share else {}
     training |= {f"easy {name}": maker for name, maker in identities(easy, pipeline).items()}
-    training |= identities(config.own().generators if config.own_share else {}, pipeline)
     pairs = itertools.product(identities(config.outside, pipeline).items(), training.items())
     for (name, outside), (other, known) in pairs:
         apart = any(outside[key] != known[key] for key in ("render", "weights") if key in known)

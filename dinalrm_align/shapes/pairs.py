@@ -51,7 +51,7 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
     Kinds of pairs:
 
     - "train": every two images of a caption, for `config.groups` training captions, labelled by noisy raters.
-    - "heldout": the same as "train", but for `config.heldout_groups` held-out captions.
+    - "heldout": lists by `config.generators` alone, for `config.heldout_groups` held-out captions.
     - "outside": the same as "heldout", but with images of the generators in `config.outside`.
     - "concepts": `config.per_concept` pairs for each concept (colour, blur, ...). The two images differ in the concept,
       and the image with the higher oracle score is chosen.
@@ -83,6 +83,8 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     makers = identities(makers_of(kind, config), pipeline)
     models = {"transformer": fingerprint(pipeline.transformer), "autoencoder": fingerprint(pipeline.vae)}
     settings = dataclasses.asdict(dataclasses.replace(config, outside={}))
+    if kind != "train" or not config.own_share:
+        del settings["own_share"]  # these pairs do not depend on it
     settings = {"kind": kind, **models, **settings, "generators": makers}
     if not (directory / "index.json").exists():
         write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))  # first: no pairs are without it
@@ -104,10 +106,8 @@ def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> Non
 def labelled_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, Tensor, list[list[tuple[int, int, float]]]]]:
-    """For up to BLOCK captions at a time, yield captions, latents, images and labels. Each caption has
-    `config.images` consecutive images. A caption's labels are triples (chosen, rejected, label); the images are given
-    by their indices.
-    """
+    """For up to BLOCK captions at a time, yield captions, latents, images and labels. Each caption has `config.images`
+    consecutive images. Its labels are triples (chosen, rejected, label) with the indices of two images."""
     for scenes, latents, images, rngs in make_lists(kind, pipeline, encoder, config):
         yield [scene.caption for scene in scenes], latents, images, rate_lists(images, scenes, config, rngs)
 

@@ -9,10 +9,10 @@ oracle without noise. Two numbers:
   by more than 0.25 (and for all).
 
 A group of rewards, such as the seeds of one way of training, is one row. Intervals are 95 %, over captions and the
-rewards of a group. A second table has every row less the first, paired by sample and, in groups, by position; in
-parentheses the smallest effect that the comparison of groups finds in 80 % of repetitions. A reward that ranks at
-random reaches 0 % and 50 %. The row "oracle at sigma" says what can be known from a noised latent: the oracle scores
-the base model's one-step estimate.
+rewards of a group, symmetric, and may leave 0 to 100 %. A second table has every row less the first, paired by sample
+and, in groups, by position; a single reward is paired with each of a group. In parentheses is the smallest effect that
+the comparison finds in 80 % of repetitions. A reward that ranks at random reaches 0 % and 50 %. The row "oracle at
+sigma" says what can be known from a noised latent: the oracle scores the base model's one-step estimate.
 
     python examples/evidence/own_samples.py                                     # dinalrm and pixel
     python examples/evidence/own_samples.py --drawn 640                         # on captions that stand in no list
@@ -22,6 +22,7 @@ the base model's one-step estimate.
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,10 @@ def ordered(scores: np.ndarray, gold: np.ndarray, gap: float) -> tuple[np.ndarra
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return values (captions,) whose mean is 100 sum(part) / sum(whole), and whose standard error is that of this
-    ratio (linearised). part, whole: (captions,).
+    ratio (linearised). part, whole: (captions,). NaN if there is nothing to share: no pair, or equal gold.
     """
+    if not whole.any():
+        return np.full(len(whole), np.nan)
     ratio = part.sum() / whole.sum()
     return 100 * (ratio + (part - ratio * whole) / whole.mean())
 
@@ -86,23 +89,26 @@ def report(found: dict[str, list[np.ndarray]], gold: np.ndarray) -> str:
     """
     values = {name: [measures(scores, gold) for scores in rewards] for name, rewards in found.items()}
     first, *others = values
-    numbers = [*values[first][0]]
-    rows, differences = [], []
-    for name, own in values.items():
-        levels = [seeds_by_captions(np.stack([one[number] for one in own])) for number in numbers]
-        rows.append(
-            [name, len(own), *(f"{level.mean:.1f} {bracket(level.low, level.high, '.1f')}" for level in levels)]
-        )
+    rows = [[name, *map(cell, zip(*(one.values() for one in own)))] for name, own in values.items()]
+    differences = []
     for name in others:
-        pairs = [*zip(values[name], values[first])]
-        line = [f"{name} less {first}", len(pairs)]
-        for number in numbers:
-            gap = seeds_by_captions(np.stack([one[number] - other[number] for one, other in pairs]))
-            effect = f" ({gap.detectable:.1f})" if len(pairs) > 1 else ""
-            line.append(f"{gap.mean:+.1f} {bracket(gap.low, gap.high, '+.1f')}{effect}")
-        differences.append(line)
-    heads = ["reward", "rewards", *(f"{number}, %" for number in numbers)]
-    return "\n\n".join(table(heads, lines) for lines in (rows, differences) if lines)
+        size = max(len(values[name]), len(values[first]))
+        own, base = (rewards * size if len(rewards) == 1 else rewards for rewards in (values[name], values[first]))
+        pairs = zip(own, base, strict=True)
+        gaps = [[one[number] - other[number] for number in one] for one, other in pairs]
+        differences.append([f"{name} less {first}", *(cell(tables, signed=True) for tables in zip(*gaps))])
+    heads = [f"{number}, %" for number in values[first][0]]
+    tables = (["reward or group", *heads], rows), (["difference", *heads], differences)
+    return "\n\n".join(table(*one) for one in tables if one[1])
+
+
+def cell(tables: Sequence[np.ndarray], signed: bool = False) -> str:
+    """Format the mean of tables (captions,) of several rewards with its interval and, if `signed`, smallest effect."""
+    if np.isnan(tables).any():
+        return "none"
+    own, form = seeds_by_captions(np.stack(tables)), "+.1f" if signed else ".1f"
+    effect = f" ({own.detectable:.1f})" if signed and own.seeds > 1 else ""
+    return f"{own.mean:{form}} {bracket(own.low, own.high, form)}{effect}"
 
 
 def one_step_estimate(
@@ -119,8 +125,11 @@ def one_step_estimate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help="shapes, or folder of a world of recipes/build_shapes.py")
-    parser.add_argument("--rewards", nargs="+", default=[], help="a row each; by default dinalrm and pixel")
-    parser.add_argument("--group", nargs="+", action="append", default=[], metavar=("NAME", "REWARD"))
+    parser.add_argument("--rewards", nargs="+", default=[], help="a row each; without --group, dinalrm and pixel")
+    parser.add_argument(
+        "--group", nargs="+", action="append", default=[], metavar=("NAME", "REWARD"),
+        help="a name and one or more rewards, which are one row; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--prompts", type=Path, help="text file of captions; by default the model's held-out captions")
     parser.add_argument("--captions", type=int, help="number of captions; by default all")
     parser.add_argument(
@@ -132,6 +141,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.drawn and (given.prompts or given.captions):
         parser.error(f"--drawn: got {given.drawn} with --prompts or --captions; expected captions from one of them")
+    sizes = {len(members) for _, *members in given.group} | {1}
+    if 0 in sizes or len(sizes) > 2:
+        parser.error(f"--group: got groups of {sorted(sizes)} rewards; expected one size for all, and single rewards")
+    names = [*given.rewards, *(name for name, *_ in given.group)]
+    if len({*names}) < len(names):
+        parser.error(f"--rewards, --group: got {names}; expected different names")
     spec, reason = resolve_model(given.model)
     print(reason)
     pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)

@@ -18,7 +18,9 @@ from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pi
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.shapes import generators, pairs
 from dinalrm_align.shapes.config import (
+    OWN_SAMPLES,
     SCOUT_EMPHASIS,
+    BuildConfig,
     Generator,
     MakerWeights,
     PairsConfig,
@@ -241,16 +243,18 @@ def test_a_share_of_the_training_blocks_are_easy_lists_of_renders(tiny_pipeline,
 def test_blocks_of_own_samples_are_evenly_spread_among_those_that_are_not_easy():
     config = dataclasses.replace(TINY, easy_share=0.2, own_share=0.5)
     kinds = [sorted(settings_of(block, "train", config).generators) for block in range(20)]
-    easy, own = sorted(scout_generators()), ["(own)"]
+    easy, own = sorted(scout_generators()), [*OWN_SAMPLES]
     assert [index for index, names in enumerate(kinds) if names == easy] == [4, 9, 14, 19]
     rest = [names for names in kinds if names != easy]
     assert rest == [sorted(TINY.generators), own] * 8
-    assert settings_of(1, "heldout", config) is config, "test sets have none"
+    assert settings_of(1, "heldout", config).generators == TINY.generators, "test sets have none"
+    scout = BuildConfig().pairs.easy()
+    assert {tuple(settings_of(block, "train", scout).generators) for block in range(9)} == {tuple(scout_generators())}
     whole = dataclasses.replace(TINY, easy_share=0.0, own_share=1.0)
     assert all([*settings_of(block, "train", whole).generators] == own for block in range(9))
 
 
-def test_own_samples_are_sampled_as_a_policys_are(tiny_pipeline, monkeypatch):
+def test_own_samples_are_sampled_as_in_the_evaluation_of_a_policy(tiny_pipeline, monkeypatch):
     def sample(pipeline, encoder, prompts, *, steps, guidance, seed):
         asked.append((pipeline.transformer is tiny_pipeline.transformer, len(prompts), steps, guidance))
         return sample_latents(pipeline, encoder, prompts, steps=1, guidance=1.0, seed=seed)
@@ -262,6 +266,25 @@ def test_own_samples_are_sampled_as_a_policys_are(tiny_pipeline, monkeypatch):
     assert len(scenes) == 3 and len(latents) == 3 * config.images
     spec = MODELS["shapes"]
     assert asked == [(True, 3, spec.num_steps, spec.guidance_scale)] * config.images
+    lacking = dataclasses.replace(config, generators={"gone": Generator(checkpoint="half")})
+    assert [*make_lists("train", tiny_pipeline, prompt_encoder(tiny_pipeline), lacking)], (
+        "a maker of no list is not read"
+    )
+
+
+def test_the_share_of_own_samples_belongs_to_the_identity_of_training_pairs_alone(tiny_pipeline, tmp_path):
+    def made_with(kind, **changes):
+        folder = tmp_path / f"{kind}{len([*tmp_path.iterdir()])}"
+        few = dataclasses.replace(TINY, groups=1, heldout_groups=1, **changes)
+        ensure_pairs(kind, folder, tiny_pipeline, few)
+        return json.loads((folder / "made_with.json").read_text())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "write_pairs", lambda kind, folder, *_: folder.mkdir(exist_ok=True))
+        with_own = made_with("train", own_share=0.5)
+        assert with_own["own_share"] == 0.5 and with_own["generators"]["own samples"]["num_steps"] == [12, 12]
+        assert "own_share" not in made_with("train")
+        assert made_with("heldout", own_share=0.5) == made_with("heldout")
 
 
 def test_half_of_the_images_of_the_default_lists_are_samples():
@@ -442,7 +465,7 @@ def test_outside_generators_must_not_occur_in_training(tiny_pipeline, tmp_path):
     check_outside(dataclasses.replace(unrelated, easy_share=0.0), tiny_pipeline)
     policy = dataclasses.replace(PLAIN, outside={"x": Generator(num_steps=(12, 12))}, own_share=0.5)
     policy = dataclasses.replace(policy, generators={"few": FEW})
-    with pytest.raises(ValueError, match=r"pairs.outside.x: .* as '\(own\)'"):
+    with pytest.raises(ValueError, match=r"pairs.outside.x: .* as 'own samples'"):
         check_outside(policy, tiny_pipeline)
     check_outside(dataclasses.replace(policy, own_share=0.0), tiny_pipeline)
     apart = dataclasses.replace(PLAIN, outside={"few_steps": FEW, "aligned": Generator(lora=lora)}, heldout_groups=1)

@@ -1,5 +1,7 @@
 """The two numbers of examples/evidence/own_samples.py, by hand."""
 
+import re
+
 import numpy as np
 import pytest
 from paths import load_evidence
@@ -42,7 +44,29 @@ def test_rewards_are_compared_by_sample_and_position(script):
     gold = rng.standard_normal((50, 4))
     noisy = [gold + rng.standard_normal(gold.shape) for _ in range(3)]
     text = script.report({"first": noisy, "alike": [1 + 2 * one for one in noisy], "oracle": [gold]}, gold)
-    assert f"| alike less first | 3 |{' +0.0 [+0.0, +0.0] (0.0) |' * 3}\n" in text
-    assert f"| oracle | 1 |{' 100.0 [100.0, 100.0] |' * 3}\n" in text
-    own = [script.measures(one, gold)["best of 4"].mean() for one in noisy]
-    assert f"| first | 3 | {np.mean(own):.1f} [" in text and f"| oracle less first | 1 | {100 - own[0]:+.1f} [" in text
+    assert f"| alike less first |{' +0.0 [+0.0, +0.0] (0.0) |' * 3}\n" in text
+    assert f"| oracle |{' 100.0 [100.0, 100.0] |' * 3}\n" in text
+    own = np.mean([script.measures(one, gold)["best of 4"].mean() for one in noisy])
+    assert f"| first | {own:.1f} [" in text and f"| oracle less first | {100 - own:+.1f} [" in text
+    with pytest.raises(ValueError, match="shorter|longer"):
+        script.report({"first": noisy, "two": noisy[:2]}, gold)
+
+
+def test_a_number_that_nothing_bears_on_is_none(script):
+    text = script.report({"a": [np.eye(4)], "b": [1 - np.eye(4)]}, np.tile([0.0, 0.1, 0.2, 0.1], (4, 1)))
+    assert [line.split("|")[3].strip() for line in text.splitlines() if line.startswith(("| a", "| b"))] == ["none"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--group", "lora"], "groups of \\[0, 1\\] rewards"),
+        (["--group", "a", "dinalrm", "pixel", "--group", "b", "x", "y", "z"], "groups of \\[1, 2, 3\\] rewards"),
+        (["--rewards", "pixel", "--group", "pixel", "dinalrm"], "expected different names"),
+    ],
+)
+def test_groups_are_checked_first(script, monkeypatch, capsys, options, message):
+    monkeypatch.setattr("sys.argv", ["own_samples.py", *options])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert re.search(message, capsys.readouterr().err)
