@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from dinalrm_align.models.specs import MODELS
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
@@ -162,7 +163,8 @@ def default_generators() -> dict[str, Generator]:
     }
 
 
-OWN_SAMPLES = {"own samples": Generator(guidance_scale=(3.0, 3.0), num_steps=(12, 12))}
+_SPEC = MODELS["shapes"]
+OWN_SAMPLES = {"own samples": Generator(guidance_scale=(_SPEC.guidance_scale,) * 2, num_steps=(_SPEC.num_steps,) * 2)}
 SCOUT_EMPHASIS = {"shape": 3.0, "fill": 3.0, "size": 2.0, "count": 2.0}  # what a reward learns late
 
 
@@ -196,13 +198,11 @@ class PairsConfig:
             that is neither easy nor of own samples. Default: those of `default_generators`.
         easy_share: share of the training lists that are easy to order: renders, by the makers of `scout_generators`.
             A reward that is trained on other lists alone forgets what it learned from renders.
-        own_share: share of the other training lists whose images are all samples of the base at its default guidance
-            and steps, as in the evaluation of a policy.
+        own_share: share of the other training lists with samples of the base alone, at its default guidance and steps.
         outside: makers of the images of a test set out of family, which must not occur in training.
         per_concept: number of evaluation pairs for each concept; their captions are held out from training.
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.
-        heldout_groups: number of held-out captions for evaluation pairs that are made by `generators`, and of those out
-            of family.
+        heldout_groups: number of captions of the held-out lists by `generators`, and of those by `outside`.
         seed: seed of all random draws.
     """
 
@@ -232,6 +232,8 @@ class PairsConfig:
                 raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(CONCEPTS)}")
         if not self.generators:
             raise ValueError("pairs.generators: got none; expected at least one")
+        if self.own_share and (taken := self.generators.keys() & OWN_SAMPLES.keys()):
+            raise ValueError(f"pairs.generators: got {taken}; expected another name: own_share has makers of that name")
 
     @property
     def held_out_kinds(self) -> list[str]:

@@ -54,7 +54,7 @@ class ListPlan:
 
 
 def makers_of(kind: str, config: PairsConfig) -> dict[str, Generator]:
-    """Return the generators of lists of `kind`, but for easy ones: none for pairs that are not lists."""
+    """Return the generators of lists of `kind`, without those of easy lists. Pairs that are not lists have none."""
     own, mixed = OWN_SAMPLES if config.own_share else {}, config.generators if config.own_share < 1 else {}
     return {"train": mixed | own, "heldout": config.generators, "outside": config.outside}.get(kind, {})
 
@@ -84,8 +84,7 @@ def settings_of(block: int, kind: str, config: PairsConfig) -> PairsConfig:
     easy, plain = int(config.easy_share * (block + 1)), replace(config, own_share=0.0)
     if kind == "train" and easy > int(config.easy_share * block):
         return config.easy()
-    other = block - easy  # number of earlier blocks that are not easy
-    own = int(config.own_share * (other + 1)) > int(config.own_share * other)
+    own = int(config.own_share * (block - easy + 1)) > int(config.own_share * (block - easy))  # among those not easy
     return replace(plain, generators=OWN_SAMPLES) if kind == "train" and own else plain
 
 

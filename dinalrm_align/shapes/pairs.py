@@ -81,11 +81,10 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     if config.outside and kind in STREAMS:
         check_outside(config, pipeline)
     makers = identities(makers_of(kind, config), pipeline)
-    models = {"transformer": fingerprint(pipeline.transformer), "autoencoder": fingerprint(pipeline.vae)}
-    settings = dataclasses.asdict(dataclasses.replace(config, outside={}))
+    terms = {"kind": kind, "transformer": fingerprint(pipeline.transformer), "autoencoder": fingerprint(pipeline.vae)}
+    settings = {**terms, **dataclasses.asdict(dataclasses.replace(config, outside={})), "generators": makers}
     if kind != "train" or not config.own_share:
         del settings["own_share"]  # these pairs do not depend on it
-    settings = {"kind": kind, **models, **settings, "generators": makers}
     if not (directory / "index.json").exists():
         write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))  # first: no pairs are without it
         write_pairs(kind, directory, pipeline, config)

@@ -512,6 +512,7 @@ def test_pairs_of_other_generators_are_not_taken_for_these(tiny_pipeline, tmp_pa
         (lambda: Generator(num_steps=(0, 4)), r"generator.num_steps\[0\]: got 0"),
         (lambda: Generator(weight=0), "generator.weight: got 0"),
         (lambda: PairsConfig(generators={}), "pairs.generators: got none; expected at least one"),
+        (lambda: PairsConfig(generators={"own samples": FEW}, own_share=0.5), "'own samples'.*; expected another name"),
         (lambda: Generator("blurred"), "generator.render: got 'blurred'"),
         (lambda: Generator("spoiled", lora="x"), "generator.render: got spoiled with weights"),
         (
