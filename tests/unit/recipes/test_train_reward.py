@@ -264,7 +264,7 @@ def test_the_reward_is_uploaded_after_training(recipe, arguments, tmp_path, monk
     monkeypatch.setattr(
         "dinalrm_align.align.publish.push_run", lambda run, to: pushed.append((sorted(run.iterdir()), to))
     )
-    recipe.main([*arguments, "--loop.steps=1", "--push_to_hub=me/reward"])
+    recipe.main([*arguments, "--loop.steps=1", "--push_to_hub=me/reward", f"--output_dir={tmp_path / 'run'}"])
     ((files, to),) = pushed
     assert (asked, to) == (["me/reward"], "me/reward") and "reward" in [path.name for path in files]
 
