@@ -1,19 +1,18 @@
 """recipes/build_shapes.py from nothing to a world that another recipe aligns, with tiny networks and budgets."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import yaml
 from paths import load_recipe
 
+from dinalrm_align.shapes.config import StackConfig
 from dinalrm_align.shapes.generators import BLOCK
 
-STACK = {
-    "vae_channels": [8, 8, 8], "vae_norm_groups": 4, "depth": 4, "head_dim": 8, "num_heads": 2, "clip_width": 16,
-    "t5_width": 32, "t5_layers": 1,
-}  # fmt: skip
 STEPS = {"vae": 2, "text": 2, "base": 4, "outsider": 2, "clip": 2, "pixel": 2}
 OPTIONS = {
-    **{f"stack.{name}": value for name, value in STACK.items()},
+    **{f"stack.{name}": value for name, value in dataclasses.asdict(StackConfig.tiny()).items()},
     **{f"{name}.loop.steps": steps for name, steps in STEPS.items()},
     **{f"{name}.batch_size": 8 for name in STEPS},
     "outsider_heads": 1, "cached_images": 32, "scout.groups": BLOCK, "scout.reward_updates": 1, "reward_updates": 1,
@@ -35,6 +34,8 @@ def test_one_command_builds_a_world_that_another_recipe_aligns(tmp_path, monkeyp
     assert {path.name for path in (weights / "makers").iterdir()} == {"half", "outsider", "aligned", "over_aligned"}
     assert list(report) == STAGES
     assert all(set(report[name]["numbers"]) == KINDS for name in ("dinalrm", "pixel"))
+    settings = yaml.safe_load((tmp_path / "dinalrm" / "config.yaml").read_text())
+    assert settings["init_from"] == str(tmp_path / "scout" / "reward")
     made_with = json.loads((tmp_path / "pairs" / "train" / "made_with.json").read_text())
     assert made_with["own_share"] == 0.6 and "own samples" in made_with["generators"]
 
